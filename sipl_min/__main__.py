@@ -1,0 +1,162 @@
+"""The command line: python -m sipl_min demo | train | restore | benchmark."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import benchmark, data, show, train
+from .degrade import COLUMNS, SETTINGS, check_setting
+from .files import InputError, asset, check_writable, find_photos, read, write
+from .settings import PRESETS
+from .sipl import SIPL
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m sipl_min", description=(
+        "Self-Improved Privilege Learning for image restoration. Start with: python -m sipl_min demo"))  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, function, text):
+        c = commands.add_parser(name, help=text, description=text)
+        c.set_defaults(function=function)
+        return c
+
+    c = command(
+        "demo", demo, "Degrade three photos the model never saw, restore and refine them: a figure and a table."
+    )
+    weights(c)
+    c.add_argument("--output", default="demo.png", help="where the figure goes (default: %(default)s)")
+    c.add_argument("--setting", default="cdd11", help=f"{', '.join(SETTINGS)} (default: %(default)s)")
+    c.add_argument("--seed", type=int, default=0, help="of the degradations (default: %(default)s)")
+
+    c = command("restore", restore, "Restore a photo, or all photos of a folder; size, depth and alpha are kept.")
+    c.add_argument("input", help="a photo, or a folder of photos")
+    c.add_argument("output", help="a file name, or a folder that will be made")
+    weights(c)
+    c.add_argument(
+        "--feedback",
+        default="privilege",
+        choices=["privilege", "chain"],
+        help="what is fed back: the privilege (the paper's equations) or the image (the released code)",
+    )
+    c.add_argument("--force", action="store_true", help="overwrite files that exist")
+    c.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
+
+    c = command("train", train_model, "Train a model. Ctrl-C saves; the same command again continues.")
+    c.add_argument("folder", help="where checkpoint, log and weights go")
+    c.add_argument("--preset", default="nano", help=f"{', '.join(PRESETS)} (default: %(default)s)")
+    c.add_argument("--images", default=None, help="a folder of clean photos (default: the embedded images)")
+    c.add_argument("--setting", default="cdd11", help=f"{', '.join(SETTINGS)} (default: %(default)s)")
+    c.add_argument("--recipe", default="authors", help="authors, or backbone (no Proxy Fusion) (default: %(default)s)")
+    for name, value, text in (("steps", 400, "training steps"), ("count", 8, "crops in a batch"),
+                              ("size", 48, "pixels a side of a crop"), ("seed", 0, "of everything random"),
+                              ("save-every", 100, "steps between checkpoints")):  # fmt: skip
+        c.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: %(default)s)")
+    c.add_argument("--peak", type=float, default=1e-3, help="highest learning rate (default: %(default)s)")
+    c.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
+
+    c = command("benchmark", run_benchmark, "PSNR and SSIM on each column of a setting, the published table beside.")
+    c.add_argument("setting", help=f"{', '.join(SETTINGS)}, or all")
+    weights(c)
+    c.add_argument("--output", default=None, help="a CSV file with one line per column, photo and estimate")
+    c.add_argument("--seed", type=int, default=0, help="of the degradations (default: %(default)s)")
+
+    options = parser.parse_args(arguments)
+    try:
+        return options.function(options) or 0
+    except (InputError, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as e:
+        print(f"stopped{f': {e}' if str(e) else ''}", file=sys.stderr)
+        return 130
+
+
+def weights(c):
+    c.add_argument("--weights", default=None, help="a file that model.save wrote (default: the nano model included)")
+    c.add_argument("--steps", type=int, default=1, help="refinement steps T (default: %(default)s)")
+
+
+def load(options):
+    """The model of --weights, and --steps T checked."""
+    device = getattr(options, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"device {device!r} cannot be used here: choose cpu, or leave --device out") from e
+    return SIPL.load(options.weights or asset("nano.safetensors"), device)
+
+
+# One row of the demo each: photo, column of the setting by its place in the published order (from the end).
+DEMO = [("chelsea", -1), ("hopper", 0), ("camera", 2)]
+
+
+def demo(options):
+    check_setting(options.setting)
+    show.without_screen()
+    model, photos, columns = load(options), data.held_out(), list(COLUMNS[options.setting])
+    rows = []
+    print(f"{'photo, degradation':30s}{'input':>9s}" + "".join(f"{f'y{t}':>9s}" for t in range(options.steps + 1)))
+    for name, number in DEMO:
+        column = columns[number]
+        photo = benchmark.centre(photos[name], 256)
+        x, y = benchmark.pair(photo, options.setting, column, options.seed, next(model.parameters()).device)
+        estimates = model.refine(x, options.steps, return_all=True)
+        numbers = [benchmark.psnr(e, y) for e in (x, *estimates)]
+        print(f"{f'{name}, {column}':30s}" + "".join(f"{n:6.2f} dB" for n in numbers))
+        rows.append(show.estimates_row(x, estimates, y, f"{name}: {column}"))
+    show.save(show.panels(rows), options.output)
+    print(f"figure: {options.output}")
+
+
+def restore(options):
+    source, target = Path(options.input), Path(options.output)
+    if source.is_dir():
+        jobs = [(path, target / path.relative_to(source)) for path in find_photos(source)]
+    else:
+        jobs = [(source, target / source.name if target.is_dir() else target)]
+    model, failed = load(options), []
+    for path, place in tqdm(jobs, unit="photo", disable=len(jobs) == 1):
+        try:
+            if place.exists() and not options.force:
+                raise InputError(f"{str(place)!r} exists: pass --force to overwrite it, or another name")
+            check_writable(place)
+            write(place, model.restore(read(path), options.steps, options.feedback))
+        except InputError as e:
+            if len(jobs) == 1:
+                raise
+            failed.append(str(e))
+    print(f"restored {len(jobs) - len(failed)} of {len(jobs)} photos, in {str(target)!r}")
+    for line in failed:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def train_model(options):
+    torch.manual_seed(options.seed)
+    model = SIPL(options.preset, fusion=options.recipe != "backbone")
+    print(f"{options.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    names = ("setting", "recipe", "steps", "count", "size", "seed", "save_every", "peak", "device", "folder", "images")
+    train.fit(model, **{name: getattr(options, name) for name in names})
+    print(f"weights: {Path(options.folder) / 'model.safetensors'}")
+
+
+def run_benchmark(options):
+    settings = list(SETTINGS) if options.setting == "all" else [options.setting]
+    model, rows = load(options), []
+    for setting in settings:
+        part = benchmark.evaluate(model, setting, options.steps, seed=options.seed)
+        rows += part
+        print(f"\n{setting}: embedded held-out photos, synthetic degradations, middle 256 x 256 pixels\n")
+        print(benchmark.table(part, setting), "\n\n" + benchmark.table(part, setting, "ssim"))
+        for line in benchmark.missing(setting):
+            print(f"not measured here: {line}")
+    if options.output:
+        benchmark.write_csv(rows, options.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

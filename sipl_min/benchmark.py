@@ -1,0 +1,139 @@
+"""PSNR and SSIM of a model on every column of a setting, and the published tables to read beside them."""
+
+import csv
+import json
+
+import numpy as np
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from tqdm.auto import tqdm
+
+from .data import hash_seed, held_out
+from .degrade import COLUMNS, check_setting, degrade, generator
+from .files import InputError, asset, to_tensor, whole
+
+# What the published tables were measured on: column -> (data set, test images, paper that publishes it).
+REAL = {
+    "SOTS": ("SOTS-outdoor", "500 hazy images of 492 clear ones", "RESIDE, Li et al. 2019"),
+    "Rain100L": ("Rain100L, old version", "100 pairs", "JORDER, Yang et al. 2017"),
+    "CBSD68_15": ("CBSD68", "68 photos, noise added at sigma = 15", "BSD, Martin et al. 2001"),
+    "CBSD68_25": ("CBSD68", "68 photos, noise added at sigma = 25", "BSD, Martin et al. 2001"),
+    "CBSD68_50": ("CBSD68", "68 photos, noise added at sigma = 50", "BSD, Martin et al. 2001"),
+    "GoPro": ("GoPro", "1,111 pairs", "DeepDeblur, Nah et al. 2017"),
+    "LOLv1": ("LOL-v1", "15 pairs", "RetinexNet, Wei et al. 2018"),
+    **{c: ("CDD-11", f"200 pairs of folder {c}", "OneRestore, Guo et al. 2024") for c in COLUMNS["cdd11"]},
+}
+
+
+def psnr(y, clean):
+    """Peak signal-to-noise ratio in dB of two tensors (1, 3, H, W) in [0, 1], as scikit-image computes it."""
+    return float(peak_signal_noise_ratio(*pictures(clean, y), data_range=1))
+
+
+def ssim(y, clean):
+    """Structural similarity: 7 x 7 uniform window, channel axis last, data range 1, as in the published protocol."""
+    a, b = pictures(clean, y)
+    if min(a.shape[:2]) < 7:
+        raise InputError(f"SSIM needs at least 7 x 7 pixels, not {a.shape[0]} x {a.shape[1]}")
+    return float(structural_similarity(a, b, data_range=1, channel_axis=2))
+
+
+def pictures(*tensors):
+    return [t[0].detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy() for t in tensors]
+
+
+def centre(photo, size=None, multiple=16):
+    """The middle of a photo (H, W, 3): sides cut to multiples of 16 as published, and to at most `size`."""
+    h, w = (min(n // multiple * multiple, size or n) for n in photo.shape[:2])
+    if not h or not w:
+        raise InputError(f"a test photo must be at least {multiple} pixels a side, not {photo.shape[:2]}")
+    top, left = (photo.shape[0] - h) // 2, (photo.shape[1] - w) // 2
+    return photo[top : top + h, left : left + w]
+
+
+def pair(photo, setting, column, seed=0, device="cpu"):
+    """A photo (H, W, 3) -> degraded x and clean y, (1, 3, H, W): the same for every model and every machine's CPU."""
+    y = to_tensor(photo)
+    number = list(COLUMNS[setting]).index(column)
+    x = degrade(y, generator(hash_seed(seed, number)), setting, [column])
+    return x.to(device), y.to(device)
+
+
+def evaluate(model, setting, steps=1, photos=None, size=256, seed=0, progress=True):
+    """Measure input, y0, ..., y_T on every column of a setting.
+
+    Args:
+        model: a `SIPL`; steps: T, how often to refine (0 for a plain backbone).
+        photos: name -> (H, W, 3) array; default the embedded held-out photos, their middle `size` pixels.
+    Returns one dict per column, photo and estimate, with its psnr (dB) and ssim; clamped to [0, 1] first.
+    """
+    check_setting(setting)
+    photos, rows = held_out() if photos is None else photos, []
+    device = next(model.parameters()).device
+    for column in tqdm(COLUMNS[setting], disable=not progress, unit="column"):
+        for name, photo in photos.items():
+            x, y = pair(centre(photo, size), setting, column, seed, device)
+            estimates = {"input": x}
+            estimates |= {f"y{t}": e for t, e in enumerate(model.refine(x, steps, return_all=True))}
+            for estimate, e in estimates.items():
+                rows.append(dict(setting=setting, column=column, photo=name, estimate=estimate,
+                                 psnr=psnr(e, y), ssim=ssim(e, y)))  # fmt: skip
+    return rows
+
+
+def average(rows, value="psnr"):
+    """Rows of `evaluate` -> {estimate: {column: mean over photos, ..., "average": mean over columns}}."""
+    result = {}
+    for estimate in dict.fromkeys(r["estimate"] for r in rows):
+        cells = {}
+        for column in dict.fromkeys(r["column"] for r in rows):
+            cells[column] = np.mean([r[value] for r in rows if (r["estimate"], r["column"]) == (estimate, column)])
+        result[estimate] = {k: float(v) for k, v in cells.items()} | {"average": float(np.mean([*cells.values()]))}
+    return result
+
+
+def published(setting, value="psnr"):
+    """Published figures, {method: {column: number or None}}; empty where no table is at hand (deweather)."""
+    tables = json.loads(asset("published.json").read_text())
+    return {row["method"]: row[value] for row in tables.get(setting, {}).get("rows", [])}
+
+
+def table(rows, setting, value="psnr", methods=("input", "PromptIR", "AdaIR", "SIPL+PromptIR (claim)")):
+    """Text: measured columns, then, behind a bar and marked, published ones of the real data sets."""
+    digits = 2 if value == "psnr" else 3
+    measured, theirs = average(rows, value), published(setting, value)
+    theirs = {f"{m}*": theirs[m] for m in methods if any(theirs.get(m, {}).values())}
+    names = [*measured, *theirs]
+    lines = [f"{value.upper():15s}" + "".join(f"{'| ' * (n == next(iter(theirs), 0))}{n:>{wide(n)}s}" for n in names)]
+    for column in next(iter(measured.values())):
+        cells = []
+        for name in names:
+            number = (measured | theirs)[name].get(column)
+            cell = "-" if number is None else f"{number:.{digits}f}"
+            cells.append(f"{'| ' * (name == next(iter(theirs), 0))}{cell:>{wide(name)}s}")
+        lines.append(f"{column:15s}" + "".join(cells))
+    if theirs:
+        lines.append("* published, on the real data sets: other images, never to be read as results of this run")
+    return "\n".join(lines)
+
+
+def wide(name):
+    return max(len(name), 6) + 2
+
+
+def missing(setting):
+    """One line per real data set that the published table of a setting needs and this benchmark does not read yet."""
+    needed = {}
+    for column in COLUMNS[setting]:
+        if column in REAL:
+            name, count, paper = REAL[column]
+            needed.setdefault((name, paper), []).append(count)
+    return [f"{name} ({paper}): {'; '.join(counts) if len(counts) < 4 else f'{len(counts)} x 200 pairs'}"
+            for (name, paper), counts in needed.items()]  # fmt: skip
+
+
+def write_csv(rows, path):
+    """Write the rows of `evaluate`, whole or not at all."""
+    with whole(path) as temporary, open(temporary, "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

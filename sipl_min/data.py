@@ -1,0 +1,152 @@
+"""Clean images to learn from and photos to test on, without a download; and batches cut from them."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import skimage
+import torch
+
+from .degrade import COLUMNS, check_setting, degrade, generator
+from .files import InputError, check_header, find_photos, read, to_tensor
+from .sipl import mirror
+
+# Photographs that come inside the installed scikit-image and Matplotlib. The two lists never meet.
+TRAINING = ["astronaut.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg", "brick.png",
+            "coins.png", "grass.png", "gravel.png"]  # fmt: skip
+HELD_OUT = {"chelsea": "chelsea.png", "hopper": "grace_hopper.jpg", "camera": "camera.png"}
+
+
+def installed(name):
+    """Path of a sample photo inside the installed scikit-image or Matplotlib."""
+    places = [Path(skimage.__file__).parent / "data", Path(matplotlib.get_data_path()) / "sample_data"]
+    for folder in places:
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"{name} is not inside the installed scikit-image or Matplotlib: install the pinned versions")
+
+
+def held_out():
+    """The test photos, never trained on: name -> uint8 (H, W, 3). `camera` is gray, as three equal channels."""
+    return {name: np.broadcast_to(np.atleast_3d(read(installed(file))), read(installed(file)).shape[:2] + (3,))
+            for name, file in HELD_OUT.items()}  # fmt: skip
+
+
+def motorcycle_distance():
+    """Relative distance (1, H, W) in [0, 1] of `motorcycle_left.png`, 1 far, NaN unknown: 1 - disparity / largest.
+
+    Measured disparity, Middlebury stereo 2014 (Scharstein et al. 2014).
+    """
+    disparity = torch.from_numpy(np.load(installed("motorcycle_disp.npz"))["arr_0"])
+    known = disparity.isfinite() & (disparity > 0)
+    return torch.where(known, 1 - disparity / disparity[known].max(), torch.nan)[None]
+
+
+def dead_leaves(count, size=128, seed=0, leaves=300):
+    """Images of occluding textured shapes, uint8 (count, 3, size, size): edges and textures at every scale.
+
+    Front to back, each leaf is an ellipse, diamond or rectangle at a random place with half-axes up to r, where
+    p(r) ~ r^-3 makes the statistics scale-invariant (Lee, Mumford & Huang 2001), filled with a colour, a gradient
+    and a wave; such images train restorers that work on photos (Achddou, Gousseau & Ladjal 2021).
+    """
+    g = generator(seed)
+    down, right = torch.meshgrid(torch.arange(size) / size, torch.arange(size) / size, indexing="ij")
+    image, open_ = torch.zeros(count, 3, size, size), torch.ones(count, 1, size, size)
+
+    def rand(low, high, channels=1):
+        return low + (high - low) * torch.rand(count, channels, 1, 1, generator=g)
+
+    tone = rand(0.1, 0.9) + rand(-0.2, 0.2, 3)  # each image has a mood of its own
+    for i in range(leaves):
+        # inverse of the distribution function of r^-3 between 0.03 and 1; the last leaf is the ground behind all
+        r = 0.03 / (1 - rand(0, 0.999)).sqrt() if i < leaves - 1 else torch.full((count, 1, 1, 1), 9.0)
+        y, x, angle = down - rand(0, 1), right - rand(0, 1), rand(0, torch.pi)
+        u, v = (x * angle.cos() + y * angle.sin()) / r, (y * angle.cos() - x * angle.sin()) / (r * rand(0.3, 1))
+        power = torch.tensor([1.0, 2.0, 8.0])[torch.randint(3, (count, 1, 1, 1), generator=g)]
+        inside = (u.abs() ** power + v.abs() ** power + 1e-9) ** (1 / power)  # 1 on the edge
+        cover = ((1 - inside) * r * size).clamp(0, 1) * open_  # one soft pixel, where nothing lies in front
+        wave = torch.sin(rand(5, 200) * (x * (a := rand(0, 6.3)).cos() + y * a.sin()) + rand(0, 6.3))
+        colour = 0.5 * (tone + rand(0, 1)) + 0.25 * (rand(0, 1, 3) - 0.5) + rand(-0.3, 0.3) * u.clamp(-1, 1)
+        image += cover * (colour + rand(0, 1) ** 3 * 0.3 * wave)
+        open_ = open_ - cover
+    grain = rand(0, 0.04) * torch.randn(count, 1, size, size, generator=g)
+    return ((image + grain).clamp(0, 1) * 255).byte()
+
+
+class Images:
+    """Clean training images: `len(images)`, `images.crop(i, ...)`. Embedded, or a folder of the user's own photos.
+
+    Args:
+        folder: None for the embedded images, half of all crops from photos and half from dead leaves; or a path,
+            whose photos then replace them; or a list of H x W x 3 arrays.
+        leaves: how many dead-leaves images; cache: bytes of decoded photos kept in memory.
+    Raises InputError where the folder is missing or empty or a file in it is no image.
+    """
+
+    def __init__(self, folder=None, leaves=48, seed=0, cache=2**31):
+        self.cache, self.kept, self.depths = cache, {}, {}
+        if folder is None:
+            files = [installed(name) for name in TRAINING]
+            self.depths[TRAINING.index("motorcycle_left.png")] = motorcycle_distance()
+            made = list(dead_leaves(leaves, seed=seed)) if leaves else []
+        elif isinstance(folder, (str, os.PathLike)):
+            files, made = find_photos(folder), []
+            for path in files:  # headers only: a bad file is named now, not in the middle of the night
+                check_header(path)
+        else:
+            files, made = [], [(to_tensor(np.asarray(image))[0] * 255).round().byte() for image in folder]
+            if not made:
+                raise InputError("no images given: pass at least one H x W x 3 array, a folder, or None")
+        self.sources, self.photos = [*files, *made], len(files)
+
+    def __len__(self):
+        return len(self.sources)
+
+    def load(self, i):
+        """Image i as uint8 (3, H, W)."""
+        if isinstance(self.sources[i], torch.Tensor):
+            return self.sources[i]
+        if i in self.kept:
+            return self.kept[i]
+        image = (to_tensor(read(self.sources[i]))[0] * 255).round().byte()
+        if image.numel() <= self.cache:
+            self.cache -= image.numel()
+            self.kept[i] = image
+        return image
+
+    def crop(self, size, g):
+        """A random size x size crop, turned and flipped: uint8 (3, size, size), and its distance (NaN unknown)."""
+        groups = [(0, self.photos), (self.photos, len(self))]
+        first, last = groups[int(torch.randint(2, (), generator=g))] if 0 < self.photos < len(self) else (0, len(self))
+        i = int(torch.randint(first, last, (), generator=g))
+        image = self.load(i)
+        depth = self.depths.get(i, torch.full((1, *image.shape[-2:]), torch.nan))
+        both = [image, depth]
+        for axis in (-2, -1):
+            both = [mirror(t[None], axis, 0, max(size - t.shape[axis], 0))[0] for t in both]
+            start = int(torch.randint(both[0].shape[axis] - size + 1, (), generator=g))
+            both = [t.narrow(axis, start, size) for t in both]
+        turn, flip = int(torch.randint(4, (), generator=g)), int(torch.randint(2, (), generator=g))
+        return [torch.rot90(t.flip(-1) if flip else t, turn, (-2, -1)) for t in both]
+
+
+def batch(images, step, *, setting="cdd11", size=48, count=8, seed=0, device="cpu"):
+    """Training batch number `step`: degraded x and clean y, both (count, 3, size, size) in [0, 1], and column names.
+
+    A pure function of its arguments: nothing is remembered between steps, so training resumes where it stopped.
+    Crops are cut on the CPU; the degradations run where the batch is.
+    """
+    check_setting(setting)
+    g = generator(hash_seed(seed, step))
+    crops, depths = zip(*(images.crop(size, g) for _ in range(count)))
+    names = list(COLUMNS[setting])
+    columns = [names[int(i)] for i in torch.randint(len(names), (count,), generator=g)]
+    y = torch.stack(crops).to(device).float() / 255
+    x = degrade(y, generator(hash_seed(seed, step, 1), device), setting, columns, torch.stack(depths).to(device))
+    return x, y, columns
+
+
+def hash_seed(*numbers):
+    """Whole numbers -> one well-mixed seed, so that neighbouring steps share nothing."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

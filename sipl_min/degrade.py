@@ -1,0 +1,254 @@
+"""What the world does to a photo: batched degradations with an explicit random generator.
+
+Every function takes clean images x (B, 3, H, W) in [0, 1] on any device and a `torch.Generator` of that device, draws
+its randomness per image, and returns the degraded batch, same shape, in [0, 1]. Where a parameter is a pair
+(low, high) each image draws its own value uniformly; a single number is used as it is. Same seed, same device: same
+result. Lengths are in pixels, angles in degrees, intensities on the 0..1 scale unless said otherwise.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .files import InputError
+from .sipl import mirror
+
+
+def generator(seed, device="cpu"):
+    """A random generator on a device: `generator(0)`."""
+    return torch.Generator(device).manual_seed(seed)
+
+
+def uniform(x, g, spec):
+    """One value per image, (B, 1, 1, 1), drawn from a pair (low, high), or the number given."""
+    low, high = spec if isinstance(spec, tuple) else (spec, spec)
+    return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=g, device=x.device)
+
+
+# ------------------------------------------------------------------------------------------------- tools
+
+
+def convolve(x, kernel):
+    """Convolve (B, C, H, W) with a kernel per image and channel (B, C or 1, K, K), K odd; edges are mirrored.
+
+    By FFT, so that the cost does not grow with the kernel: streaks and shakes are long.
+    """
+    h, w, r = *x.shape[-2:], kernel.shape[-1] // 2
+    x = mirror(mirror(x, -2, r, r), -1, r, r)
+    size = x.shape[-2:]
+    y = torch.fft.irfft2(torch.fft.rfft2(x) * torch.fft.rfft2(kernel, size), size)
+    return y[..., 2 * r : 2 * r + h, 2 * r : 2 * r + w]
+
+
+def box(x, r):
+    """Mean over a (2r + 1) x (2r + 1) window, edges mirrored."""
+    return F.avg_pool2d(mirror(mirror(x, -2, r, r), -1, r, r), 2 * r + 1, 1)
+
+
+def guided(guide, x, r, eps):
+    """Guided filter (He, Sun & Tang 2010): x smoothed, but with the edges of `guide`; both (B, 1, H, W)."""
+    m, mx = box(guide, r), box(x, r)
+    a = (box(guide * x, r) - m * mx) / (box(guide * guide, r) - m * m + eps)
+    return box(a, r) * guide + box(mx - a * m, r)
+
+
+def smooth_noise(x, g, cells=4):
+    """A smooth random field (B, 1, H, W) in [0, 1]: a small random grid, enlarged."""
+    grid = torch.rand(len(x), 1, cells, cells, generator=g, device=x.device)
+    return F.interpolate(grid, x.shape[-2:], mode="bicubic", align_corners=True).clamp(0, 1)
+
+
+def grey(x):
+    return x.mean(1, keepdim=True)
+
+
+def grid(k, x):
+    """Pixel offsets from the centre of a k x k kernel: (down, right), each (k, k)."""
+    r = torch.arange(k, device=x.device, dtype=x.dtype) - k // 2
+    return r[:, None].expand(k, k), r[None, :].expand(k, k)
+
+
+def scatter(x, g, density, length, angle, width):
+    """Particles on black, (B, 1, H, W): random points, each drawn as a soft line, its brightness random in (0, 1).
+
+    density: particles per pixel; length, width: of the line; angle: from the vertical. The kernel's peak is 1.
+    """
+    density, length, angle, width = (uniform(x, g, s) for s in (density, length, angle, width))
+    points = torch.rand(grey(x).shape, generator=g, device=x.device) < density
+    points = points * torch.rand(points.shape, generator=g, device=x.device)
+    k = 2 * int(float((length / 2 + 2 * width).max()) + 1) + 1
+    down, right = grid(k, x)
+    sin, cos = torch.sin(torch.deg2rad(angle)), torch.cos(torch.deg2rad(angle))
+    along, across = down * cos + right * sin, right * cos - down * sin  # (B, 1, k, k)
+    beyond = (along.abs() - length / 2).clamp(min=0)  # distance past the line's end
+    return convolve(points, torch.exp(-(across**2 + beyond**2) / (2 * width**2))).clamp(min=0)
+
+
+# ------------------------------------------------------------------------------------------ degradations
+
+
+def noise(x, g, sigma=25.0):
+    """Gaussian noise: floor(clip(255 x + sigma n, 0, 255)) / 255, n ~ N(0, 1); sigma on the 0..255 scale.
+
+    Truncated to whole numbers as in the published test protocol of AirNet (Li et al. 2022) and PromptIR.
+    """
+    n = torch.randn(x.shape, generator=g, device=x.device)
+    return (255 * x + uniform(x, g, sigma) * n).clamp(0, 255).floor() / 255
+
+
+def rain(x, g, density=(0.01, 0.03), length=(15, 40), angle=(-15, 15), width=(0.5, 0.8), strength=(0.15, 0.4)):
+    """Rain streaks: x + strength * M, clipped; M grey motion-blurred points in two layers, the near one longer.
+
+    Additive model of OneRestore (Guo et al. 2024, CDD-11) and of Rain100L (Yang et al. 2017). Streaks of one image
+    share a direction up to a few degrees.
+    """
+    lean = uniform(x, g, angle)
+    mask = 0
+    for near in (0.6, 1.0):
+        part = [scale(s, near) for s in (length, width)]
+        tilt = lean + uniform(x, g, (-3.0, 3.0))
+        mask = mask + scatter(x, g, scale(density, 0.5 / near), part[0], tilt, part[1])
+    return (x + uniform(x, g, strength) * mask).clamp(0, 1)
+
+
+def snow(x, g, density=(0.3, 2.0), angle=(-45, 45), strength=(0.7, 1.0)):
+    """Snow: x (1 - S) + S, S in [0, 1] a mask of flakes (CDD-11 step 3; Snow100K, Liu et al. 2018).
+
+    Three layers: many small flakes far away, fewer large ones, and a few big translucent ones out of focus;
+    `density` scales their number, `angle` is the common direction of fall.
+    """
+    fall, amount = uniform(x, g, angle), uniform(x, g, density)
+    flakes = 0
+    for count, length, width, light in ((0.006, (1, 4), (0.6, 1.0), 0.8), (0.0012, (1, 5), (1.2, 2.0), 1.4),
+                                        (0.00006, (1, 4), (4.0, 7.0), 0.7)):  # fmt: skip
+        tilt = fall + uniform(x, g, (-15.0, 15.0))
+        flakes = flakes + light * scatter(x, g, count * amount, length, tilt, width)
+    s = uniform(x, g, strength) * flakes.clamp(0, 1)
+    return x * (1 - s) + s
+
+
+def haze(x, g, beta=(1.0, 2.0), airlight=(0.6, 0.9), depth=None):
+    """Haze: x t + A (1 - t) with t = exp(-beta d); A grey (CDD-11 step 4; the model of Koschmieder 1924).
+
+    depth: d (B, 1, H, W), relative distance, 0 near to about 1 far; pixels that are NaN (unknown), or all where it
+    is None, take a random `depth_field`. CDD-11 caps d at 0.7, and so do we.
+    """
+    d = depth_field(x, g)
+    if depth is not None:
+        d = torch.where(depth.isnan(), d, depth)
+    t = torch.exp(-uniform(x, g, beta) * d.clamp(max=0.7))
+    return (x * t + uniform(x, g, airlight) * (1 - t)).clamp(0, 1)
+
+
+def depth_field(x, g):
+    """A made-up distance (B, 1, H, W) in [0, 1]: far at the top, random smooth relief, and steps at edges.
+
+    The steps come from the image itself: regions of another brightness are put at another distance.
+    """
+    up = torch.linspace(1, 0, x.shape[-2], device=x.device)[:, None]
+    d = uniform(x, g, (0.0, 0.2)) + uniform(x, g, (0.2, 0.7)) * up + 0.3 * (smooth_noise(x, g) - 0.4)
+    regions = guided(grey(x), grey(x), 8, 0.02)  # an edge-keeping blur
+    return (d + uniform(x, g, (0.0, 0.4)) * (regions - 0.3)).clamp(0, 1)
+
+
+def blur(x, g, length=(8, 24), size=31):
+    """Camera shake: x^2.2 convolved with the path of a shaking camera, then ^(1/2.2) (GoPro, Nah et al. 2017).
+
+    The sensor averages light, not display values, hence the gamma. The path is a smooth random walk of 64 steps
+    of `length` pixels in all, drawn into a `size` x `size` kernel of sum 1, centred.
+    """
+    turn = torch.randn(len(x), 64, generator=g, device=x.device).cumsum(1) * 0.15
+    heading = 2 * torch.pi * uniform(x, g, (0.0, 1.0))[:, :, 0, 0] + turn
+    path = torch.stack([heading.sin(), heading.cos()], -1).cumsum(1) * uniform(x, g, length)[:, :, :, 0] / 64
+    path = path - path.mean(1, keepdim=True)  # (B, 64, 2)
+    down, right = grid(size, x)
+    squared = (down - path[..., 0, None, None]) ** 2 + (right - path[..., 1, None, None]) ** 2  # (B, 64, K, K)
+    kernel = torch.exp(-squared / (2 * 0.5**2)).sum(1, keepdim=True)
+    return convolve(x**2.2, kernel / kernel.sum((-2, -1), keepdim=True)).clamp(0, 1) ** (1 / 2.2)
+
+
+def low(x, g, gamma=(2.0, 3.0), sigma=(0.03, 0.08)):
+    """Low light: x L^gamma / L + N(0, sigma), clipped; L the illumination (CDD-11 step 1, after LIME, Guo 2017).
+
+    L is the maximum over RGB, smoothed with the edges of the grey image; sigma on the 0..1 scale.
+    """
+    brightest = box(x.amax(1, keepdim=True), 7)
+    light = guided(grey(x), brightest, 7, 0.01).clamp(1e-3, 1)
+    n = uniform(x, g, sigma) * torch.randn(x.shape, generator=g, device=x.device)
+    return (x * light ** (uniform(x, g, gamma) - 1) + n).clamp(0, 1)
+
+
+def drops(x, g, density=(0.0004, 0.0015), radius=(4.0, 9.0)):
+    """Drops on the lens: inside a drop the scene is seen displaced and out of focus (RainDrop, Qian et al. 2018).
+
+    density: drops per pixel; radius of a drop in pixels. Each drop is a small lens: pixels move along its slope.
+    """
+    height = scatter(x, g, density, (0.0, 3.0), (-20.0, 20.0), radius).clamp(max=1)  # (B, 1, H, W), smooth bumps
+    inside = ((height - 0.3) * 10).clamp(0, 1)
+    rows, columns = x.shape[-2:]
+    slope = [(torch.roll(height, 1, a) - torch.roll(height, -1, a)).squeeze(1) for a in (-2, -1)]  # (B, H, W)
+    down, right = torch.linspace(-1, 1, rows, device=x.device), torch.linspace(-1, 1, columns, device=x.device)
+    where = torch.stack([right + 400 * slope[1] / columns, down[:, None] + 400 * slope[0] / rows], -1)
+    seen = F.grid_sample(box(x, 4), where, padding_mode="reflection", align_corners=True)
+    return x * (1 - inside) + inside * (0.85 * seen + 0.15 * height).clamp(0, 1)
+
+
+def scale(spec, by):
+    return tuple(s * by for s in spec) if isinstance(spec, tuple) else spec * by
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+NOISE = {f"CBSD68_{s}": (noise, dict(sigma=float(s))) for s in (15, 25, 50)}
+STREAKS = dict(density=(0.0005, 0.0018), length=(20, 50), angle=(-25, 25), width=(0.6, 1.1), strength=(0.3, 0.6))
+OUTDOOR = (haze, dict(beta=(0.4, 2.0), airlight=(0.8, 1.0)))
+CDD = {
+    "low": (low, {}),
+    "rain": (rain, dict(density=(0.04, 0.08), length=(12, 30), width=(0.5, 0.7), strength=(0.06, 0.12))),
+    "snow": (snow, {}),
+    "haze": (haze, {}),
+}
+CDD11 = ["low", "haze", "rain", "snow", "low_haze", "low_rain", "low_snow", "haze_rain", "haze_snow",
+         "low_haze_rain", "low_haze_snow"]  # fmt: skip
+
+# setting -> (steps in the order they happen: name -> (function, arguments); columns: name -> steps in it)
+SETTINGS = {
+    "three_task": {"SOTS": OUTDOOR, "Rain100L": (rain, STREAKS), **NOISE},
+    "five_task": {"SOTS": OUTDOOR, "Rain100L": (rain, STREAKS), "CBSD68_25": NOISE["CBSD68_25"], "GoPro": (blur, {}),
+                  "LOLv1": (low, dict(gamma=(2.5, 4.0), sigma=(0.01, 0.03)))},
+    "deweather": {"Snow100K-S": (snow, dict(density=(0.3, 1.0))), "Snow100K-L": (snow, dict(density=(1.5, 4.0))),
+                  "Outdoor-Rain": (rain, dict(density=(0.02, 0.06), strength=(0.12, 0.3))), "veil": OUTDOOR,
+                  "RainDrop": (drops, {})},
+    "cdd11": CDD,
+}  # fmt: skip
+COLUMNS = {name: {step: [step] for step in steps} for name, steps in SETTINGS.items()}
+COLUMNS["cdd11"] = {name: name.split("_") for name in CDD11}
+COLUMNS["deweather"]["Outdoor-Rain"].append("veil")  # heavy rain far away is a haze
+del COLUMNS["deweather"]["veil"]
+
+
+def check_setting(setting):
+    if setting not in SETTINGS:
+        raise InputError(f"unknown setting {setting!r}: choose one of {', '.join(SETTINGS)}")
+
+
+def degrade(x, g, setting, columns, depth=None):
+    """Degrade each image of a batch by its own column of a setting, all images of one step together.
+
+    Args:
+        x: clean (B, 3, H, W) in [0, 1]; g: generator on x's device.
+        setting: "three_task", "five_task", "cdd11" or "deweather"; the columns are named as in the published tables,
+            and imitate those data sets (SOTS: haze; GoPro: motion blur; LOLv1: low light; CBSD68_25: noise).
+        columns: B names, e.g. ["low_haze", "rain"]; depth: as in `haze`.
+    Returns (B, 3, H, W). Raises InputError for an unknown setting or column.
+    """
+    check_setting(setting)
+    for name in columns:
+        if name not in COLUMNS[setting]:
+            raise InputError(f"unknown column {name!r} in {setting}: choose one of {', '.join(COLUMNS[setting])}")
+    x = x.clone()
+    for step, (function, arguments) in SETTINGS[setting].items():
+        index = [i for i, name in enumerate(columns) if step in COLUMNS[setting][name]]
+        if index:
+            extra = dict(depth=depth[index]) if function is haze and depth is not None else {}
+            x[index] = function(x[index], g, **arguments, **extra)
+    return x

@@ -1,0 +1,167 @@
+"""Photos on disk and in memory, and files that are written whole or not at all."""
+
+import contextlib
+import os
+import warnings
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+
+PHOTOS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+class InputError(ValueError):
+    """Something handed in cannot be used. The message is one sentence: what is wrong, where, and what to do."""
+
+
+def asset(name):
+    """Path of a file of the project's `data/` folder, in a checkout or in an installed package."""
+    here = Path(__file__).parent
+    places = [here.parent / "data" / name, here / "assets" / name]
+    for path in places:
+        if path.exists():
+            return path
+    raise InputError(f"the project's own file data/{name} is missing: install or clone sipl_min again")
+
+
+@contextlib.contextmanager
+def whole(path):
+    """`with whole(path) as temporary:` write to `temporary`; it takes the name `path` only once it is complete."""
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # same folder and ending: renaming is atomic
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as e:
+        raise InputError(f"cannot write {str(path)!r}: {e.strerror or e}") from e
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------- photos in memory
+
+
+def check_photo(image):
+    """Raise InputError unless `image` is H x W or H x W x C (C = 1..4), uint8, uint16, or float in [0, 1]."""
+    if not (image.ndim == 2 or image.ndim == 3 and image.shape[2] in (1, 2, 3, 4)) or 0 in image.shape:
+        raise InputError(f"a photo must be H x W or H x W x C with C = 1, 2, 3 or 4, not {image.shape}")
+    if image.dtype not in (np.uint8, np.uint16) and image.dtype.kind != "f":
+        raise InputError(f"a photo must be uint8, uint16 or float in [0, 1], not {image.dtype}")
+    if image.dtype.kind == "f" and not (image.min() >= 0 and image.max() <= 1):  # NaN fails both
+        raise InputError(f"a float photo must hold values in [0, 1], found {image.min():.3g} to {image.max():.3g}")
+
+
+def split_alpha(image):
+    """H x W [x C] -> colour (H, W, 1 or 3) and alpha (H, W, 0 or 1)."""
+    image = np.atleast_3d(image)
+    return np.split(image, [image.shape[2] - (image.shape[2] % 2 == 0)], axis=2)
+
+
+def to_tensor(image):
+    """A photo -> (1, 3, H, W) float32 in [0, 1]; gray becomes three equal channels, alpha is left out."""
+    check_photo(image)
+    colour, _ = split_alpha(image)
+    top = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
+    x = torch.from_numpy(np.ascontiguousarray(colour, dtype=np.float32)) / top
+    return x.permute(2, 0, 1)[None].expand(-1, 3, -1, -1).contiguous()
+
+
+def from_tensor(x, like):
+    """(1, 3, H, W) -> a photo of the shape, dtype and alpha of the photo `like`; clamped, rounded to nearest."""
+    colour, alpha = split_alpha(like)
+    y = x[0].detach().double().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    y = y.mean(2, keepdims=True) if colour.shape[2] == 1 else y
+    y = np.rint(y * np.iinfo(like.dtype).max) if like.dtype.kind == "u" else y
+    return np.concatenate([y.astype(like.dtype), alpha], axis=2).reshape(like.shape)
+
+
+# ------------------------------------------------------------------------------------------ photos on disk
+
+
+def read(path):
+    """Read a photo: H x W [x C], uint8, uint16 or float; turned upright as its EXIF says; palettes resolved.
+
+    Raises InputError where the file is missing, damaged or not an image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no file {str(path)!r}: check the path")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Pillow warns where a file is damaged
+            if deep_png(path):
+                import png  # Pillow would cut 16-bit colour to 8 bits
+
+                with open(path, "rb") as f:
+                    w, h, rows, _ = png.Reader(file=f).asDirect()
+                    return np.vstack([np.asarray(r, dtype=np.uint16) for r in rows]).reshape(h, w, -1)
+            options = {} if decoder(path) == "tifffile" else dict(index=0, rotate=True)
+            image = iio.imread(path, plugin=decoder(path), **options)
+    except Exception as e:  # decoders raise anything from OSError to struct.error
+        reason = str(e).strip().split("\n")[0] or type(e).__name__
+        raise InputError(f"cannot read {str(path)!r} as an image ({reason}): is it damaged or of another kind?") from e
+    image = image.astype(np.uint8) * 255 if image.dtype == bool else image
+    if image.dtype == np.float64:
+        image = image.astype(np.float32)
+    return image
+
+
+def decoder(path):
+    return "tifffile" if Path(path).suffix.lower() in (".tif", ".tiff") else "pillow"
+
+
+def check_header(path):
+    """Raise InputError where a file does not begin like an image; quick, for going through a large folder."""
+    try:
+        iio.improps(path, plugin=decoder(path))
+    except Exception:
+        read(path)  # says what is wrong
+
+
+def deep_png(path):
+    """True for a PNG with 16 bits a channel and more than gray."""
+    with open(path, "rb") as f:
+        head = f.read(26)
+    return head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 26 and head[24] == 16 and head[25] != 0
+
+
+def write(path, image):
+    """Write a photo whole or not at all. Raises InputError where the format cannot hold it."""
+    path, ending = Path(path), Path(path).suffix.lower()
+    channels = np.atleast_3d(image).shape[2]
+    check_writable(path)
+    narrow = ending not in (".png", ".tif", ".tiff")
+    if narrow and (image.dtype != np.uint8 or channels in (2, 4)) or ending == ".png" and image.dtype.kind == "f":
+        raise InputError(f"{str(path)!r} cannot hold {image.dtype} with {channels} channels: name it .tif"
+                         + ("" if image.dtype.kind == "f" else " or .png"))  # fmt: skip
+    image = image[..., 0] if image.ndim == 3 and channels == 1 else image
+    with whole(path) as temporary:
+        if image.dtype == np.uint16 and channels > 1 and ending == ".png":
+            import png
+
+            mode = {2: "LA;16", 3: "RGB;16", 4: "RGBA;16"}[channels]
+            png.from_array(image.reshape(len(image), -1), mode).save(temporary)
+        else:
+            quality = dict(quality=95) if ending in (".jpg", ".jpeg", ".webp") else {}
+            iio.imwrite(temporary, image, plugin=decoder(path), **quality)
+
+
+def check_writable(path):
+    """Raise InputError, before any work is done, where no photo can be written under this name."""
+    if Path(path).suffix.lower() not in PHOTOS:
+        raise InputError(f"cannot write {str(path)!r}: end the name in one of {', '.join(PHOTOS)}")
+
+
+def find_photos(folder):
+    """The photos in a folder and its subfolders, sorted. Raises InputError where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no folder {str(folder)!r}: check the path")
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTOS and not p.name.startswith("."))
+    if not found:
+        raise InputError(f"no photos in {str(folder)!r}: put files ending in {', '.join(PHOTOS)} there")
+    return found

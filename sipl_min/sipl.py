@@ -1,0 +1,368 @@
+"""Self-Improved Privilege Learning (SIPL) for image restoration: the whole method, in the order of the data.
+
+Backbone blocks, then the Privileged Dictionary with its Proxy Fusion (read and write), then the network that holds
+both, then the test-time loop. Backbone: PromptIR (Potlapalli et al. 2023), which is Restormer (Zamir et al. 2022)
+with prompts in the decoder. Method: Wu, Jiang, Jiang & Liu 2025, arXiv 2505.24207.
+
+Shapes in the comments: B images, C channels, H x W pixels, d = `Settings.dim`.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .files import InputError, from_tensor, to_tensor, whole
+from .settings import choose
+
+# ---------------------------------------------------------------------------------------------- backbone blocks
+
+
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels of each pixel (biased variance, eps 1e-5, weight and bias)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x):  # (B, C, H, W)
+        x = x.permute(0, 2, 3, 1)  # layer_norm wants the channels last
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5).permute(0, 3, 1, 2)
+
+
+def conv1(dim, out):
+    return nn.Conv2d(dim, out, 1, bias=False)
+
+
+def conv3(dim, out):
+    return nn.Conv2d(dim, out, 3, padding=1, bias=False)
+
+
+def project(dim, out):
+    """1x1 convolution, then a 3x3 convolution of each channel by itself: mix channels, then look around."""
+    return nn.Sequential(conv1(dim, out), nn.Conv2d(out, out, 3, padding=1, groups=out, bias=False))
+
+
+class ChannelAttention(nn.Module):
+    """Restormer's MDTA: a head attends between its C/h channels, so the cost is linear in the number of pixels."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.temperature = heads, nn.Parameter(torch.ones(heads, 1, 1))
+        self.qkv, self.out = project(dim, 3 * dim), conv1(dim, dim)
+
+    def forward(self, x):  # (B, C, H, W)
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(x).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)  # unit vectors over the pixels
+        attention = (q @ k.transpose(-2, -1) * self.temperature).softmax(-1)  # (B, heads, C/heads, C/heads)
+        return self.out((attention @ v).reshape(b, c, h, w))
+
+
+class FeedForward(nn.Module):
+    """Restormer's GDFN: one half of the channels gates the other. `dual` gates both ways (in Proxy Fusion)."""
+
+    def __init__(self, dim, expansion, dual=False):
+        super().__init__()
+        hidden = int(dim * expansion)
+        self.dual, self.inner, self.out = dual, project(dim, 2 * hidden), conv1(hidden, dim)
+
+    def forward(self, x):
+        a, b = self.inner(x).chunk(2, dim=1)
+        return self.out(F.gelu(a) * b + F.gelu(b) * a if self.dual else F.gelu(a) * b)
+
+
+class Block(nn.Module):
+    """Transformer block: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, dim, heads, expansion):
+        super().__init__()
+        self.norm1, self.attention = ChannelNorm(dim), ChannelAttention(dim, heads)
+        self.norm2, self.ffn = ChannelNorm(dim), FeedForward(dim, expansion)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.ffn(self.norm2(x))
+
+
+class Prompt(nn.Module):
+    """PromptIR's prompt: a learned blend of five learned feature maps, concatenated to the feature and mixed in."""
+
+    def __init__(self, dim, out, channels, size, expansion):
+        super().__init__()
+        self.maps = nn.Parameter(torch.rand(1, 5, channels, size, size))
+        self.choose, self.conv = nn.Linear(dim, 5), conv3(channels, channels)
+        self.block, self.reduce = Block(dim + channels, 4, expansion), conv1(dim + channels, out)
+
+    def forward(self, x):  # (B, C, H, W)
+        weights = self.choose(x.mean((-2, -1))).softmax(-1)  # (B, 5): which prompts suit this image
+        prompt = (weights[:, :, None, None, None] * self.maps).sum(1)  # (B, channels, size, size)
+        prompt = self.conv(F.interpolate(prompt, x.shape[-2:], mode="bilinear"))
+        return self.reduce(self.block(torch.cat([x, prompt], 1)))
+
+
+# ------------------------------------------------------------------- Privileged Dictionary and Proxy Fusion
+
+
+class CrossAttention(nn.Module):
+    """Attention from every pixel of `query` to every pixel of `context`: one class serves read and write.
+
+    Logits are q.k * temperature with unit q and k: in [-1, 1] at the start, so attention begins as an average.
+    The residual starts from the *normalised* query, as released.
+    """
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.temperature = heads, nn.Parameter(torch.ones(heads, 1, 1))
+        self.norm_query, self.norm_context = ChannelNorm(dim), ChannelNorm(dim)
+        self.q, self.kv, self.out = project(dim, dim), project(dim, 2 * dim), conv1(dim, dim)
+        self.norm_ffn, self.ffn = ChannelNorm(dim), FeedForward(dim, 2, dual=True)
+
+    def tokens(self, x, batch):  # (B or 1, C, H, W) -> (B, heads, H*W, C/heads)
+        n, c, h, w = x.shape
+        return x.reshape(n, self.heads, c // self.heads, h * w).transpose(-2, -1).expand(batch, -1, -1, -1)
+
+    def attend(self, query, context):
+        """Unit queries (already times temperature), unit keys, values: each (B, heads, tokens, C/heads)."""
+        batch = max(len(query), len(context))  # the dictionary has no batch: it is the same for every image
+        k, v = self.kv(context).chunk(2, dim=1)
+        q, k, v = (self.tokens(t, batch) for t in (self.q(query), k, v))
+        return F.normalize(q, dim=-1) * self.temperature, F.normalize(k, dim=-1), v
+
+    def forward(self, query, context):  # (B, C, H, W) and (B, C, h, w) -> (B, C, H, W)
+        query, context = self.norm_query(query), self.norm_context(context)
+        q, k, v = self.attend(query, context)
+        # softmax(q k^T) v without the (H*W) x (h*w) matrix ever existing; no 1/sqrt(C), so scale=1
+        z = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        z = query + self.out(z.transpose(-2, -1).reshape(len(q), *query.shape[1:]))
+        return z + self.ffn(self.norm_ffn(z))
+
+
+class ProxyFusion(nn.Module):
+    """The Privileged Dictionary of one scale, and the two attentions that use it (SIPL, Proxy Fusion)."""
+
+    def __init__(self, dim, size, std, read_heads, write_heads):
+        super().__init__()
+        self.dictionary = nn.Parameter(std * torch.randn(1, dim, size, size))  # D_l
+        self.read, self.write = CrossAttention(dim, read_heads), CrossAttention(dim, write_heads)
+
+    def proxy(self, privileged=None):
+        """The dictionary dressed with what this image needs: Read(D, P); without a privileged feature, D itself."""
+        return self.dictionary if privileged is None else self.read(self.dictionary, privileged)
+
+
+# ------------------------------------------------------------------------------------------------ the network
+
+
+def mirror(x, axis, before, after):
+    """Reflect-pad one axis, as often as a tiny image needs (`F.pad` cannot pad by more than the image's own size)."""
+    n = x.shape[axis]
+    i = torch.arange(-before, n + after, device=x.device) % max(2 * n - 2, 1)
+    return x.index_select(axis, torch.minimum(i, (2 * n - 2 - i).abs())) if before or after else x
+
+
+def pad(x):
+    """(B, 3, H, W) with right and bottom mirrored up to the next multiples of 8, which three halvings need."""
+    return mirror(mirror(x, -2, 0, -x.shape[-2] % 8), -1, 0, -x.shape[-1] % 8)
+
+
+class SIPL(nn.Module):
+    """An all-in-one restoration network with a Privileged Dictionary, and the loop that lets it refine itself.
+
+    Args:
+        preset: "nano" (a laptop), "small", or "paper" (SIPL + PromptIR as published, 40.03 M parameters).
+        overrides: any field of `Settings`, e.g. `fusion=False` for the plain backbone.
+    Raises InputError for an unknown preset or setting, or a value that cannot work.
+    """
+
+    def __init__(self, preset="nano", **overrides):
+        super().__init__()
+        self.settings = s = choose(preset, **overrides)
+        d1, d2, d3, d4 = (s.dim * 2**i for i in range(4))
+
+        def level(dim, heads, count):
+            return nn.Sequential(*(Block(dim, heads, s.expansion) for _ in range(count)))
+
+        def up(dim):  # (B, C, H, W) -> (B, C/2, 2H, 2W)
+            return nn.Sequential(conv3(dim, 2 * dim), nn.PixelShuffle(2))
+
+        self.embed = conv3(3, d1)
+        self.encoder = nn.ModuleList(level(d, s.heads[i], s.blocks[i]) for i, d in enumerate((d1, d2, d3, d4)))
+        self.down = nn.ModuleList(nn.Sequential(conv3(d, d // 2), nn.PixelUnshuffle(2)) for d in (d1, d2, d3))
+        # Decoder, index 0, 1, 2 = scale 1/2, 1/4, 1/8: [fusion], [prompt], up, concatenate the skip, merge, blocks.
+        widths, reduced = (d2, d3, d4), (d2, d3, d3 if s.prompts else d4)
+        if s.fusion:
+            args = zip(widths, s.dictionary_size, [s.dictionary_std] * 3, s.read_heads, s.write_heads)
+            self.fusion = nn.ModuleList(ProxyFusion(*a) for a in args)
+        if s.prompts:
+            args = zip(widths, reduced, s.prompt_channels, s.prompt_size)
+            self.prompts = nn.ModuleList(Prompt(*a, s.expansion) for a in args)
+        self.up = nn.ModuleList(up(d) for d in reduced)
+        self.merge = nn.ModuleList([nn.Identity(), conv1(2 * d2, d2), conv1(reduced[2] // 2 + d3, d3)])
+        self.decoder = nn.ModuleList(level(d, s.heads[i], s.blocks[i]) for i, d in enumerate((d2, d2, d3)))
+        self.refinement, self.output = level(d2, s.heads[0], s.refinement), conv3(d2, 3)
+
+    # ---- the two halves of the backbone, on images whose sides are multiples of 8
+
+    def encode(self, x):
+        """(B, 3, H, W) -> features at full, 1/2, 1/4, 1/8 resolution, (B, d, H, W) to (B, 8d, H/8, W/8)."""
+        h, features = self.encoder[0](self.embed(x)), []
+        for down, blocks in zip(self.down, self.encoder[1:]):
+            features.append(h)
+            h = blocks(down(h))
+        return [*features, h]
+
+    def decode(self, x, features, proxies=None):
+        """Image, its four features and the three proxies -> restored image (B, 3, H, W), not clamped."""
+        *skips, h = features
+        for i in (2, 1, 0):
+            if proxies is not None:
+                h = self.fusion[i].write(h, proxies[i])
+            if self.settings.prompts:
+                h = self.prompts[i](h)
+            h = torch.cat([self.up[i](h), skips[i]], 1)
+            h = self.decoder[i](self.merge[i](h))
+        return self.output(self.refinement(h)) + x
+
+    def proxies(self, privileged=None):
+        """Three proxies D^_l, one per scale; None for a plain backbone."""
+        if not self.settings.fusion:
+            return None
+        return [f.proxy(p) for f, p in zip(self.fusion, privileged or [None] * 3)]
+
+    # ---- what people call
+
+    def forward(self, x, privileged=None):
+        """Restore once: y0 = f(x; D), or with `privileged` the guided pass f(x; Read(D, P)).
+
+        Args:
+            x: (B, 3, H, W), floating point, values in [0, 1]; any H and W (reflect-padded to multiples of 8 inside).
+            privileged: None, or three features as `model.privileged(image)` returns them.
+        Returns (B, 3, H, W), not clamped. Raises InputError for another shape or dtype.
+        """
+        self._check(x)
+        if privileged is not None:
+            self._needs_fusion("a guided pass")
+            widths = [f.dictionary.shape[1] for f in self.fusion]
+            given = privileged if isinstance(privileged, (list, tuple)) else ()
+            if [getattr(p, "ndim", 0) == 4 and p.shape[1] for p in given] != widths:
+                raise InputError(f"privileged must be three (B, C, h, w) features with C = {widths}: "
+                                 "pass what model.privileged(image) returns")  # fmt: skip
+        h, w = x.shape[-2:]
+        x = pad(x)
+        return self.decode(x, self.encode(x), self.proxies(privileged))[..., :h, :w]
+
+    def privileged(self, image):
+        """E(image): encoder features at 1/2, 1/4, 1/8, a list of (B, 2d, H/2, W/2), (B, 4d, ...), (B, 8d, ...)."""
+        self._check(image, "image")
+        return self.encode(pad(image))[1:]
+
+    @torch.no_grad()
+    def refine(self, x, steps=1, feedback="privilege", return_all=False):
+        """The test-time loop: the model's own estimate plays the clean image (SIPL, self-refinement).
+
+        y0 = f(x; D), then `steps` times
+          feedback="privilege" (the paper's equations): P = E(y_{t-1}); y_t = f(x; Read(D, P))
+          feedback="chain" (the released code): the refined image becomes the next input, and each round starts anew
+            with its own first pass: a = f(y_{t-1}; D); y_t = f(y_{t-1}; Read(D, E(a))), where round one starts at x.
+        E(x) is shared: T steps cost 1 + T encoders and decoders (chain: 2T of each). Pads before, crops after.
+
+        Returns y_T (B, 3, H, W), not clamped, or with `return_all` the list [y0, ..., y_T].
+        Raises InputError for values far outside [0, 1], NaN, steps < 0, or a model without Proxy Fusion.
+        """
+        self._check(x)
+        low, high = (float(v) for v in x.detach().aminmax())
+        if not (low >= -1 and high <= 2):  # NaN fails every comparison; noise may leave [0, 1] a little
+            raise InputError(f"x must hold values in [0, 1], found {low:.3g} to {high:.3g}: scale or clean it first")
+        if feedback not in ("privilege", "chain"):
+            raise InputError(f"unknown feedback {feedback!r}: choose 'privilege' or 'chain'")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise InputError(f"steps must be a whole number >= 0, not {steps!r}")
+        if steps:
+            self._needs_fusion("refinement")
+        h, w = x.shape[-2:]
+        x = pad(x)
+        features = self.encode(x)  # E(x), once
+        y = self.decode(x, features, self.proxies())
+        estimates = [y[..., :h, :w]]
+        for t in range(steps):
+            if feedback == "chain" and t > 0:
+                x, features = y, self.encode(y)
+                y = self.decode(x, features, self.proxies())
+            privileged = self.encode(y)[1:]  # P = E(estimate)
+            y = self.decode(x, features, self.proxies(privileged))
+            estimates = [*estimates, y[..., :h, :w]] if return_all else [y[..., :h, :w]]
+        return estimates if return_all else estimates[-1]
+
+    @torch.no_grad()
+    def restore(self, image, steps=None, feedback="privilege"):
+        """A photo in, the same kind of photo out: any size; dtype, channels and alpha are kept.
+
+        Args:
+            image: NumPy array H x W, or H x W x C with C = 1 (gray), 2 (gray + alpha), 3 (RGB), 4 (RGB + alpha);
+                uint8, uint16, or floating point in [0, 1].
+            steps: refinement steps T (default 1; 0 for a plain backbone, which cannot refine).
+        Returns an array of the same shape and dtype. Raises InputError for anything else, or NaN.
+        """
+        image = np.asarray(image)
+        x = to_tensor(image).to(self.output.weight)  # the model's device and dtype
+        return from_tensor(self.refine(x, int(self.settings.fusion) if steps is None else steps, feedback), like=image)
+
+    # ---- files
+
+    def save(self, path):
+        """Write weights and settings to one safetensors file (to a temporary name first, then renamed)."""
+        header = {"sipl_min": json.dumps({"version": 1, "settings": asdict(self.settings)})}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        with whole(path) as temporary:
+            save_file(tensors, temporary, header)
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """Read a file that `save` wrote. Raises InputError where it is missing, damaged or not ours; runs no code."""
+        name = repr(str(path))
+        if not Path(path).is_file():
+            raise InputError(f"no weights at {name}: check the path")
+        try:
+            with safe_open(path, framework="pt") as f:
+                header, tensors = f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{name} is not a whole safetensors file ({e}): copy or save it again") from e
+        if "sipl_min" not in header:
+            raise InputError(f"{name} was not written by model.save: pass a file that was")
+        try:
+            header = json.loads(header["sipl_min"])
+            if header["version"] != 1:
+                raise InputError(f"{name} has file version {header['version']}, this sipl_min reads 1: update sipl_min")
+            model = cls("paper", **header["settings"])
+        except (KeyError, TypeError, json.JSONDecodeError) as e:
+            raise InputError(f"{name} has a damaged header ({e}): copy or save it again") from e
+        own = {key: t.shape for key, t in model.state_dict().items()}
+        wrong = sorted(k for k in {*own, *tensors} if k not in tensors or own.get(k) != tensors[k].shape)
+        if wrong:
+            raise InputError(f"{name} does not match its own settings at {', '.join(wrong[:3])} ({len(wrong)} in all): "
+                             "save it again")  # fmt: skip
+        model.load_state_dict(tensors)
+        return model.to(device).eval()
+
+    # ---- checks of the input
+
+    def _check(self, x, name="x"):
+        if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
+            shape = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise InputError(f"{name} must be a tensor (B, 3, H, W), not {shape}: for NumPy photos use model.restore")
+        own = self.output.weight.dtype
+        if x.dtype != own and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise InputError(f"{name} is {x.dtype}, the model {own}: convert it, with values in [0, 1]")
+        if not self.training and x.isnan().any():  # in training the loss tells, without waiting for the device
+            raise InputError(f"{name} holds NaN: clean it first")
+
+    def _needs_fusion(self, what):
+        if not self.settings.fusion:
+            raise InputError(f"{what} needs Proxy Fusion, and this model was built with fusion=False")

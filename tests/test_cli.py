@@ -1,0 +1,125 @@
+"""The command line: what it writes, what it prints, and one clear sentence with exit code 2 for bad input."""
+
+import subprocess
+import sys
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from conftest import tiny
+
+from sipl_min import SIPL
+from sipl_min.__main__ import main
+from sipl_min.files import read, write
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "w.safetensors"
+    tiny().save(path)
+    return ["--weights", str(path)]
+
+
+def files(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_demo_writes_a_figure_and_prints_a_table(tmp_path, weights, capsys):
+    assert main(["demo", "--output", str(tmp_path / "d.png"), "--steps", "2", *weights]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and lines[0].split()[-3:] == ["y0", "y1", "y2"]
+    assert lines[1].startswith("chelsea, low_haze_snow") and lines[1].count("dB") == 4
+    assert read(tmp_path / "d.png").std() > 10
+
+
+def test_restore_one_photo(tmp_path, weights, photo, capsys):
+    write(tmp_path / "in.png", photo)
+    assert main(["restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--steps", "1", *weights]) == 0
+    expected = SIPL.load(weights[1]).restore(photo, steps=1)
+    assert np.array_equal(read(tmp_path / "out.png"), expected)
+    before = (tmp_path / "out.png").read_bytes()
+    assert main(["restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), *weights]) == 2
+    assert "exists: pass --force" in capsys.readouterr().err and (tmp_path / "out.png").read_bytes() == before
+    assert main(["restore", str(tmp_path / "in.png"), str(tmp_path / "out.png"), "--force", *weights]) == 0
+
+
+def test_restore_a_folder_does_the_good_and_names_the_bad(tmp_path, weights, photo, capsys):
+    source, target = tmp_path / "in", tmp_path / "out"
+    for name in ("a.png", "deep/b.jpg", "c.tif"):
+        write(source / name, photo)
+    (source / "bad.png").write_text("not an image")
+    (source / "notes.txt").write_text("skipped")
+    assert main(["restore", str(source), str(target), *weights]) == 1
+    captured = capsys.readouterr()
+    assert "restored 3 of 4" in captured.out and "bad.png" in captured.err
+    assert files(target) == ["a.png", "c.tif", "deep/b.jpg"]
+
+
+def test_train_then_use_the_weights(tmp_path, photo, capsys):
+    write(tmp_path / "photos" / "a.png", photo)
+    run = ["train", str(tmp_path / "run"), "--images", str(tmp_path / "photos"), "--steps", "2", "--size", "16"]
+    assert main([*run, "--count", "1", "--save-every", "1"]) == 0
+    assert files(tmp_path / "run") == ["checkpoint.pt", "log.csv", "model.safetensors"]
+    iio.imwrite(tmp_path / "tiny.png", np.zeros((1, 1, 3), np.uint8))
+    out = str(tmp_path / "o.png")
+    assert main(["restore", str(tmp_path / "tiny.png"), out, "--weights", str(tmp_path / "run/model.safetensors")]) == 0
+    assert read(out).shape == (1, 1, 3)
+
+
+def test_benchmark_prints_measured_beside_published(tmp_path, weights, capsys, monkeypatch):
+    monkeypatch.setattr("sipl_min.benchmark.held_out", lambda: {"grey": np.full((32, 32, 3), 99, np.uint8)})
+    assert main(["benchmark", "three_task", "--output", str(tmp_path / "b.csv"), *weights]) == 0
+    out = capsys.readouterr().out
+    assert "PromptIR*" in out and "* published" in out and "32.06" in out
+    assert out.count("not measured here:") == 3
+    assert len((tmp_path / "b.csv").read_text().splitlines()) == 1 + 5 * 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["restore", "nowhere.png", "o.png"], "no file 'nowhere.png'"),
+        (["restore", "text.png", "o.png"], "cannot read 'text.png' as an image"),
+        (["restore", "empty", "o"], "no photos in 'empty'"),
+        (["restore", "good.png", "o.docx"], "end the name in one of"),
+        (["restore", "good.png", "o.png", "--steps", "-1"], "steps must be a whole number"),
+        (["restore", "good.png", "o.png", "--weights", "no.safetensors"], "no weights at 'no.safetensors'"),
+        (["restore", "good.png", "o.png", "--weights", "text.png"], "'text.png' is not a whole safetensors file"),
+        (["restore", "good.png", "o.png", "--device", "warp"], "device 'warp' cannot be used here"),
+        (["restore", "nan.tif", "o.tif"], "found nan"),
+        (["restore", "bright.tif", "o.tif"], "found 0 to 2"),
+        (["restore", "five.tif", "o.tif"], "C = 1, 2, 3 or 4"),
+        (["demo", "--setting", "fog", "--output", "o.png"], "unknown setting 'fog'"),
+        (["train", "o", "--preset", "huge"], "unknown preset 'huge'"),
+        (["train", "o", "--recipe", "magic"], "unknown recipe 'magic'"),
+        (["train", "o", "--images", "empty"], "no photos in 'empty'"),
+        (["benchmark", "fog", "--output", "o"], "unknown setting 'fog'"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_sentence(tmp_path, weights, photo, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no image")
+    write(tmp_path / "good.png", photo)
+    iio.imwrite("nan.tif", np.full((9, 9, 3), np.nan, np.float32))
+    iio.imwrite("bright.tif", np.linspace(0, 2, 243, dtype=np.float32).reshape(9, 9, 3))
+    iio.imwrite("five.tif", np.zeros((9, 9, 5), np.uint8), plugin="tifffile", photometric="minisblack")
+    before = files(tmp_path)
+    if "--weights" not in arguments and arguments[0] != "train":
+        arguments = [*arguments, *weights]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert files(tmp_path) == before, "nothing half-written"
+
+
+def test_help_is_for_people_and_no_traceback_reaches_them():
+    def call(*arguments):
+        return subprocess.run([sys.executable, "-m", "sipl_min", *arguments], capture_output=True, text=True)
+
+    text = call("--help").stdout
+    assert all(name in text for name in ("demo", "train", "restore", "benchmark"))
+    failed = call("restore", "nowhere.png", "out.png")
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr and "nowhere.png" in failed.stderr
+    assert call("dance").returncode == 2

@@ -1,0 +1,150 @@
+"""Training: it learns, it is deterministic, it resumes bit for bit, it stops when told."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+
+from sipl_min import InputError, train
+
+FLAT = [np.full((40, 40, 3), v, np.uint8) for v in (60, 120, 200)]
+
+
+def run(folder=None, steps=8, model=None, **overrides):
+    model = model or tiny()
+    options = dict(steps=steps, count=2, size=16, warmup=2, save_every=3, progress=False, setting="three_task")
+    log = train.fit(model, FLAT, folder=folder, **{**options, **overrides})
+    return model, log
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_training_lowers_the_loss():
+    for recipe, fusion in (("authors", True), ("backbone", False)):
+        _, log = run(model=tiny(fusion=fusion), recipe=recipe, steps=60, peak=3e-3, setting="five_task", count=4)
+        first, last = (np.mean([r["loss"] for r in part]) for part in (log[:10], log[-10:]))
+        assert last < 0.8 * first, (recipe, first, last)
+
+
+def test_same_seed_same_weights():
+    a, b, c = run()[0], run()[0], run(seed=1)[0]
+    assert torch.equal(weights(a), weights(b)) and not torch.equal(weights(a), weights(c))
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_resume_is_bit_for_bit(tmp_path, stop_at):
+    unbroken, log = run(tmp_path / "a")
+
+    def interrupt(model, x, y, count=[]):  # noqa: B006
+        count.append(0)
+        if len(count) > stop_at:
+            raise SystemExit
+        return train.authors(model, x, y)
+
+    interrupt.__name__ = "authors"
+    with pytest.raises(SystemExit):
+        run(tmp_path / "b", recipe=interrupt)
+    resumed, again = run(tmp_path / "b", model=tiny())  # at 1 nothing was saved yet: it starts anew
+    assert torch.equal(weights(unbroken), weights(resumed))
+    assert again == log
+    for name in ("model.safetensors", "log.csv"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_ctrl_c_saves_and_the_next_call_continues(tmp_path):
+    unbroken, _ = run()
+
+    def press(model, x, y, count=[]):  # noqa: B006
+        count.append(0)
+        if len(count) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train.authors(model, x, y)
+
+    press.__name__ = "authors"
+    with pytest.raises(KeyboardInterrupt, match="after step 4, saved"):
+        run(tmp_path, recipe=press)
+    assert train.torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 5
+    assert torch.equal(weights(run(tmp_path, model=tiny())[0]), weights(unbroken))
+
+
+def test_a_finished_run_is_not_repeated(tmp_path):
+    model, log = run(tmp_path)
+    again, same = run(tmp_path, model=tiny(), recipe="authors")
+    assert torch.equal(weights(model), weights(again)) and same == log
+
+
+def test_schedule():
+    rates = [train.learning_rate(s, 100, 1e-3, 10) for s in range(100)]
+    assert rates[0] == pytest.approx(1e-4) and max(rates) == pytest.approx(1e-3) == rates[9]
+    assert rates[-1] < 1e-6 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_autocast_trains_every_weight():
+    """Casting weights inside no_grad must not hide them from the gradient of the guided pass."""
+    model = tiny()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    run(model=model, steps=2, autocast=True, decay=0.0)
+    still = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
+    assert not still
+
+
+def test_validation_is_logged():
+    _, log = run(validate=lambda m: dict(held=1.5), validate_every=3)
+    assert [r["step"] for r in log if "held" in r] == [2, 5, 7]
+
+
+def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
+    def broken(model, x, y, count=[]):  # noqa: B006
+        count.append(0)
+        return train.authors(model, x, y) * (torch.nan if len(count) == 5 else 1)
+
+    broken.__name__ = "authors"
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 4"):
+        run(tmp_path, recipe=broken)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(setting="fog"), "unknown setting 'fog'"),
+        (dict(recipe="magic"), "unknown recipe 'magic'"),
+        (dict(recipe="backbone"), "needs a model with fusion=False"),
+        (dict(steps=0), "steps=0 must be a positive"),
+        (dict(size=20), "size=20 must be a positive whole number, a multiple of 8"),
+        (dict(count=1.5), "count=1.5"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        run(**options)
+
+
+def test_bad_folders_of_photos(tmp_path):
+    with pytest.raises(InputError, match="no folder"):
+        train.fit(tiny(), tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no photos"):
+        train.fit(tiny(), tmp_path)
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(InputError, match="cannot read '.*a.png'"):
+        train.fit(tiny(), tmp_path)
+    with pytest.raises(InputError, match="no images given"):
+        train.fit(tiny(), [])
+
+
+def test_bad_checkpoints(tmp_path):
+    run(tmp_path)
+    with pytest.raises(InputError, match="belongs to another run .seed=0, now 3"):
+        run(tmp_path, seed=3)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    for content in (b"", whole[:100], whole[: len(whole) // 2], b"cos\nsystem\n(S'false'\ntR."):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="is not a whole checkpoint"):
+            run(tmp_path)
+        assert path.read_bytes() == content
