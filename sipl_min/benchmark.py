@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .data import hash_seed, held_out
 from .degrade import COLUMNS, check_setting, degrade, generator

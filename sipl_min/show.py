@@ -66,7 +66,7 @@ def save(figure, path):
     from matplotlib import pyplot as plt
 
     with whole(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+        figure.savefig(temporary, dpi=80)
     plt.close(figure)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .data import Images, batch
 from .degrade import check_setting
@@ -106,7 +106,7 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
                 row.update(validate(model))
                 model.train()
             log.append(row)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", psnr=f"{row['psnr']:.2f} dB")
+            bar.set_postfix(loss=f"{row['loss']:.4f}", psnr=f"{row['psnr']:.2f} dB", refresh=False)
             if folder is not None and ((step + 1) % save_every == 0 or step + 1 == steps or stop.asked):
                 save_checkpoint(folder, run, step + 1, model, optimizer, log)
             if stop.asked:

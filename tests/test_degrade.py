@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,6 +133,20 @@ def test_a_combination_is_its_steps_in_the_published_order():
     for function in (degrade.low, degrade.snow, degrade.haze):
         y = function(y, g)
     assert torch.equal(together, y)
+
+
+def test_strengths_are_those_of_the_published_inputs():
+    """On real test photos each synthetic CDD-11 column is as strong as the published one, to 2 dB."""
+    folder = Path(__file__).parents[2] / "shared" / "data" / "CBSD68"
+    if not folder.is_dir():
+        pytest.skip("needs the 68 photos of CBSD68, which are not in this repository")
+    x = torch.cat([to_tensor(data.read(p))[..., :320, :320] for p in sorted(folder.glob("*.png"))[:24]])
+    tables = json.loads(asset("published.json").read_text())
+    published = next(r for r in tables["cdd11"]["rows"] if r["method"] == "input")["psnr"]
+    for column in COLUMNS["cdd11"]:
+        y = degrade.degrade(x, generator(0), "cdd11", [column] * len(x))
+        measured = float(-10 * ((x - y) ** 2).mean((1, 2, 3)).log10().mean())
+        assert abs(measured - published[column]) < 2, (column, measured, published[column])
 
 
 def test_unknown_names_are_errors():
