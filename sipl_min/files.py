@@ -7,7 +7,9 @@ from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
+import tifffile
 import torch
+from PIL import Image, ImageOps
 
 PHOTOS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -99,15 +101,37 @@ def read(path):
                 with open(path, "rb") as f:
                     w, h, rows, _ = png.Reader(file=f).asDirect()
                     return np.vstack([np.asarray(r, dtype=np.uint16) for r in rows]).reshape(h, w, -1)
-            options = {} if decoder(path) == "tifffile" else dict(index=0, rotate=True)
-            image = iio.imread(path, plugin=decoder(path), **options)
+            image = read_tiff(path) if decoder(path) == "tifffile" else read_pillow(path)
     except Exception as e:  # decoders raise anything from OSError to struct.error
         reason = str(e).strip().split("\n")[0] or type(e).__name__
         raise InputError(f"cannot read {str(path)!r} as an image ({reason}): is it damaged or of another kind?") from e
-    image = image.astype(np.uint8) * 255 if image.dtype == bool else image
-    if image.dtype == np.float64:
-        image = image.astype(np.float32)
-    return image
+    return image.astype(np.uint8) * 255 if image.dtype == bool else image
+
+
+def read_pillow(path):
+    """Upright, and in one of the kinds that `check_photo` takes: palettes, CMYK and the like become RGB."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("L", "RGB") and image.has_transparency_data:
+            image = image.convert(image.mode + "A")
+        elif image.mode not in ("1", "L", "LA", "RGB", "RGBA", "F") and not image.mode.startswith("I"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        array = np.asarray(image)
+    return array.astype(np.uint16) if image.mode.startswith("I") else array  # 16-bit gray may come as 32 bits
+
+
+def read_tiff(path):
+    """The first image; Pillow reads the kinds and compressions that tifffile alone does not, at 8 bits."""
+    with tifffile.TiffFile(path) as f:
+        page = f.pages[0]
+        if page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
+            try:
+                image = f.asarray()
+            except ValueError:  # a compression that needs the package imagecodecs
+                return read_pillow(path)
+            planes = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and image.ndim == 3
+            return np.moveaxis(image, 0, -1) if planes else image
+    return read_pillow(path)
 
 
 def decoder(path):
@@ -145,9 +169,14 @@ def write(path, image):
 
             mode = {2: "LA;16", 3: "RGB;16", 4: "RGBA;16"}[channels]
             png.from_array(image.reshape(len(image), -1), mode).save(temporary)
+        elif decoder(path) == "tifffile":
+            kind = dict(photometric="rgb" if channels > 2 else "minisblack")
+            kind |= dict(planarconfig="contig") if channels > 1 else {}
+            kind |= dict(extrasamples=["unassalpha"]) if channels in (2, 4) else {}
+            tifffile.imwrite(temporary, image, **kind)
         else:
             quality = dict(quality=95) if ending in (".jpg", ".jpeg", ".webp") else {}
-            iio.imwrite(temporary, image, plugin=decoder(path), **quality)
+            iio.imwrite(temporary, image, plugin="pillow", **quality)
 
 
 def check_writable(path):

@@ -5,6 +5,7 @@ import warnings
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from sipl_min import InputError
@@ -40,7 +41,7 @@ def test_jpeg_stays_close(tmp_path, photo):
     assert np.abs(read(tmp_path / "a.jpg").astype(int) - photo).mean() < 4
 
 
-def test_exif_rotation_palette_bits_and_cmyk(tmp_path):
+def test_exif_rotation_palette_and_bits(tmp_path):
     image = Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8))
     exif = image.getexif()
     exif[0x0112] = 6  # turn by 90 degrees
@@ -50,8 +51,31 @@ def test_exif_rotation_palette_bits_and_cmyk(tmp_path):
     assert read(tmp_path / "palette.png").shape == (20, 30, 3)
     image.convert("1").save(tmp_path / "bits.png")
     assert set(np.unique(read(tmp_path / "bits.png"))) == {0, 255}
-    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    assert to_tensor(read(tmp_path / "cmyk.jpg")).shape == (1, 3, 20, 30)
+
+
+def test_colours_survive_every_way_of_storing_them(tmp_path):
+    red = Image.new("RGB", (20, 16), (255, 51, 0))  # a colour of the web palette
+    for mode, name in (("CMYK", "a.jpg"), ("CMYK", "a.tif"), ("P", "a.png"), ("YCbCr", "a.jpg"), ("P", "p.tif")):
+        red.convert(mode).save(tmp_path / name)
+        image = read(tmp_path / name)
+        assert image.shape == (16, 20, 3) and np.abs(image.astype(int) - (255, 51, 0)).max() < 8, (mode, name)
+    for compression in ("tiff_lzw", "tiff_deflate", "jpeg"):
+        red.save(tmp_path / "c.tif", compression=compression)
+        assert np.abs(read(tmp_path / "c.tif").astype(int) - (255, 51, 0)).max() < 8, compression
+
+
+def test_transparency_and_planes(tmp_path):
+    grey = Image.new("L", (20, 16), 76)
+    grey.save(tmp_path / "g.png", transparency=76)
+    assert read(tmp_path / "g.png").shape == (16, 20, 2) and (read(tmp_path / "g.png")[..., 1] == 0).all()
+    Image.new("RGB", (20, 16), (1, 2, 3)).convert("P").save(tmp_path / "p.png", transparency=0)
+    assert read(tmp_path / "p.png").shape == (16, 20, 4)
+    planes = rng.integers(0, 255, (3, 18, 19), np.uint8)
+    tifffile.imwrite(tmp_path / "p.tif", planes, photometric="rgb", planarconfig="separate")
+    assert np.array_equal(read(tmp_path / "p.tif"), planes.transpose(1, 2, 0))
+    deep = rng.integers(0, 65535, (8, 9, 3), np.uint16)
+    tifffile.imwrite(tmp_path / "b.tif", deep.astype(">u2"), byteorder=">", photometric="rgb")
+    assert np.array_equal(read(tmp_path / "b.tif"), deep)
 
 
 def test_bad_files_get_one_sentence(tmp_path, photo):
