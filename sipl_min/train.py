@@ -156,6 +156,9 @@ def save_checkpoint(folder, run, step, model, optimizer, log):
 def resume(folder, run, model, optimizer):
     """Load checkpoint.pt, if there is one, into model and optimizer; returns (next step, log so far)."""
     path = folder / "checkpoint.pt"
+    with whole(folder / ".writable") as temporary:  # a folder that cannot be written is found out now, not at the end
+        temporary.touch()
+    (folder / ".writable").unlink()
     if not path.exists():
         return 0, []
     try:

@@ -137,6 +137,12 @@ def test_bad_folders_of_photos(tmp_path):
         train.fit(tiny(), [])
 
 
+def test_a_folder_that_cannot_be_written_is_found_out_at_once(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InputError, match="cannot write"):
+        run(tmp_path / "file", recipe=lambda *_: pytest.fail("training began"))
+
+
 def test_bad_checkpoints(tmp_path):
     run(tmp_path)
     with pytest.raises(InputError, match="belongs to another run .seed=0, now 3"):
