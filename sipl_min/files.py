@@ -94,7 +94,7 @@ def read(path):
         raise InputError(f"no file {str(path)!r}: check the path")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Pillow warns where a file is damaged
+            warnings.simplefilter("ignore")  # odd metadata is no damage; damaged pixels raise
             if deep_png(path):
                 import png  # Pillow would cut 16-bit colour to 8 bits
 

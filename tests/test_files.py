@@ -64,6 +64,16 @@ def test_colours_survive_every_way_of_storing_them(tmp_path):
         assert np.abs(read(tmp_path / "c.tif").astype(int) - (255, 51, 0)).max() < 8, compression
 
 
+def test_broken_metadata_does_not_cost_the_photo(tmp_path, photo):
+    write(tmp_path / "a.jpg", photo)
+    content = (tmp_path / "a.jpg").read_bytes()
+    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x05\x00\x12\x01"  # announces five entries, ends in the first
+    (tmp_path / "b.jpg").write_bytes(
+        content[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + content[2:]
+    )
+    assert np.array_equal(read(tmp_path / "b.jpg"), read(tmp_path / "a.jpg"))
+
+
 def test_transparency_and_planes(tmp_path):
     grey = Image.new("L", (20, 16), 76)
     grey.save(tmp_path / "g.png", transparency=76)
