@@ -1,6 +1,7 @@
 """The command line: python -m sipl_min demo | train | restore | benchmark."""
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def main(arguments=None):
     weights(c)
     c.add_argument("--output", default=None, help="a CSV file with one line per column, photo and estimate")
     c.add_argument("--seed", type=int, default=0, help="of the degradations (default: %(default)s)")
+    c.add_argument("--draws", type=int, default=1, help="how often each photo is degraded anew (default: %(default)s)")
 
     options = parser.parse_args(arguments)
     try:
@@ -77,7 +79,7 @@ def main(arguments=None):
 
 def weights(c):
     c.add_argument("--weights", default=None, help="a file that model.save wrote (default: the nano model included)")
-    c.add_argument("--steps", type=int, default=1, help="refinement steps T (default: %(default)s)")
+    c.add_argument("--steps", type=int, default=None, help="refinement steps T (default: 1; a plain backbone: 0)")
 
 
 def load(options):
@@ -87,7 +89,10 @@ def load(options):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"device {device!r} cannot be used here: choose cpu, or leave --device out") from e
-    return SIPL.load(options.weights or asset("nano.safetensors"), device)
+    model = SIPL.load(options.weights or asset("nano.safetensors"), device)
+    if options.steps is None:
+        options.steps = int(model.settings.fusion)
+    return model
 
 
 # One row of the demo each: photo, column of the setting by its place in the published order (from the end).
@@ -96,6 +101,8 @@ DEMO = [("chelsea", -1), ("hopper", 0), ("camera", 2)]
 
 def demo(options):
     check_setting(options.setting)
+    if options.seed < 0:
+        raise InputError(f"seed={options.seed} must be a whole number >= 0")
     show.without_screen()
     model, photos, columns = load(options), data.held_out(), list(COLUMNS[options.setting])
     rows = []
@@ -115,7 +122,12 @@ def demo(options):
 def restore(options):
     source, target = Path(options.input), Path(options.output)
     if source.is_dir():
-        jobs = [(path, target / path.relative_to(source)) for path in find_photos(source)]
+        found, out = find_photos(source), target.resolve()
+        if source.resolve() in out.parents:  # what was restored earlier is not restored again
+            found = [p for p in found if out not in p.resolve().parents]
+        jobs = [(path, target / path.relative_to(source)) for path in found]
+        if not jobs:
+            raise InputError(f"no photos in {str(source)!r} outside {str(target)!r}: put some there")
     else:
         jobs = [(source, target / source.name if target.is_dir() else target)]
     model, failed = load(options), []
@@ -123,8 +135,11 @@ def restore(options):
         try:
             if place.exists() and not options.force:
                 raise InputError(f"{str(place)!r} exists: pass --force to overwrite it, or another name")
-            check_writable(place)
-            write(place, model.restore(read(path), options.steps, options.feedback))
+            photo = read(path)
+            check_writable(place, photo)
+            with enough_memory(path):
+                restored = model.restore(photo, options.steps, options.feedback)
+            write(place, restored)
         except InputError as e:
             if len(jobs) == 1:
                 raise
@@ -135,8 +150,19 @@ def restore(options):
     return 1 if failed else 0
 
 
+@contextlib.contextmanager
+def enough_memory(path):
+    """Turns the end of memory, for which torch raises a RuntimeError, into one sentence about the photo."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        raise InputError(f"not enough memory to restore {str(path)!r}: shrink or cut it first") from e
+
+
 def train_model(options):
-    torch.manual_seed(options.seed)
+    torch.manual_seed(abs(options.seed))  # a negative seed is refused by fit, in its own words
     model = SIPL(options.preset, fusion=options.recipe != "backbone")
     print(f"{options.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     names = ("setting", "recipe", "steps", "count", "size", "seed", "save_every", "peak", "device", "folder", "images")
@@ -148,7 +174,7 @@ def run_benchmark(options):
     settings = list(SETTINGS) if options.setting == "all" else [options.setting]
     model, rows = load(options), []
     for setting in settings:
-        part = benchmark.evaluate(model, setting, options.steps, seed=options.seed)
+        part = benchmark.evaluate(model, setting, options.steps, seed=options.seed, draws=options.draws)
         rows += part
         print(f"\n{setting}: embedded held-out photos, synthetic degradations, middle 256 x 256 pixels\n")
         print(benchmark.table(part, setting), "\n\n" + benchmark.table(part, setting, "ssim"))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import zlib
 
 import numpy as np
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -51,32 +52,41 @@ def centre(photo, size=None, multiple=16):
 
 
 def pair(photo, setting, column, seed=0, device="cpu"):
-    """A photo (H, W, 3) -> degraded x and clean y, (1, 3, H, W): the same for every model and every machine's CPU."""
+    """A photo (H, W, 3) -> degraded x and clean y, (1, 3, H, W): the same for every model and every machine's CPU.
+
+    Strength, place and noise of the degradation are drawn from seed, column and the photo's own content.
+    """
     y = to_tensor(photo)
     number = list(COLUMNS[setting]).index(column)
-    x = degrade(y, generator(hash_seed(seed, number)), setting, [column])
+    g = generator(hash_seed(seed, number, zlib.crc32(np.ascontiguousarray(photo).tobytes())))
+    x = degrade(y, g, setting, [column])
     return x.to(device), y.to(device)
 
 
-def evaluate(model, setting, steps=1, photos=None, size=256, seed=0, progress=True):
+def evaluate(model, setting, steps=1, photos=None, size=256, seed=0, draws=1, progress=True):
     """Measure input, y0, ..., y_T on every column of a setting.
 
     Args:
         model: a `SIPL`; steps: T, how often to refine (0 for a plain backbone).
         photos: name -> (H, W, 3) array; default the embedded held-out photos, their middle `size` pixels.
-    Returns one dict per column, photo and estimate, with its psnr (dB) and ssim; clamped to [0, 1] first.
+        draws: how often each photo is degraded anew, with the seeds seed, seed + 1, ...
+    Returns one dict per column, photo, draw and estimate, with its psnr (dB) and ssim; clamped to [0, 1] first.
     """
     check_setting(setting)
+    for name, value, least in (("draws", draws, 1), ("seed", seed, 0)):
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{name}={value!r} must be a whole number >= {least}")
     photos, rows = held_out() if photos is None else photos, []
     device = next(model.parameters()).device
     for column in tqdm(COLUMNS[setting], disable=not progress, unit="column"):
         for name, photo in photos.items():
-            x, y = pair(centre(photo, size), setting, column, seed, device)
-            estimates = {"input": x}
-            estimates |= {f"y{t}": e for t, e in enumerate(model.refine(x, steps, return_all=True))}
-            for estimate, e in estimates.items():
-                rows.append(dict(setting=setting, column=column, photo=name, estimate=estimate,
-                                 psnr=psnr(e, y), ssim=ssim(e, y)))  # fmt: skip
+            for draw in range(seed, seed + draws):
+                x, y = pair(centre(photo, size), setting, column, draw, device)
+                estimates = {"input": x}
+                estimates |= {f"y{t}": e for t, e in enumerate(model.refine(x, steps, return_all=True))}
+                for estimate, e in estimates.items():
+                    rows.append(dict(setting=setting, column=column, photo=name, seed=draw, estimate=estimate,
+                                     psnr=psnr(e, y), ssim=ssim(e, y)))  # fmt: skip
     return rows
 
 

@@ -1,6 +1,7 @@
 """Clean images to learn from and photos to test on, without a download; and batches cut from them."""
 
 import os
+import zlib
 from pathlib import Path
 
 import matplotlib
@@ -92,16 +93,25 @@ class Images:
             made = list(dead_leaves(leaves, seed=seed)) if leaves else []
         elif isinstance(folder, (str, os.PathLike)):
             files, made = find_photos(folder), []
-            for path in files:  # headers only: a bad file is named now, not in the middle of the night
-                check_header(path)
         else:
             files, made = [], [(to_tensor(np.asarray(image))[0] * 255).round().byte() for image in folder]
             if not made:
                 raise InputError("no images given: pass at least one H x W x 3 array, a folder, or None")
         self.sources, self.photos = [*files, *made], len(files)
+        if isinstance(folder, (str, os.PathLike)):  # a bad file is named now, not in the middle of the night
+            for i, path in enumerate(files):
+                if self.cache > 0:  # decoding costs nothing extra where the photo is kept
+                    self.load(i)
+                else:
+                    check_header(path)
 
     def __len__(self):
         return len(self.sources)
+
+    def names(self):
+        """What tells these images from others, so that a resumed training finds the images that it began with."""
+        return [f"{s.name}, {s.stat().st_size} bytes" if isinstance(s, Path) else
+                f"{tuple(s.shape)}, crc {zlib.crc32(s.numpy().tobytes())}" for s in self.sources]  # fmt: skip
 
     def load(self, i):
         """Image i as uint8 (3, H, W)."""
@@ -109,10 +119,13 @@ class Images:
             return self.sources[i]
         if i in self.kept:
             return self.kept[i]
-        image = (to_tensor(read(self.sources[i]))[0] * 255).round().byte()
+        try:
+            image = (to_tensor(read(path := self.sources[i]))[0] * 255).round().byte()
+        except InputError as e:
+            raise e if str(path) in str(e) else InputError(f"{str(path)!r} cannot be used: {e}") from e
         if image.numel() <= self.cache:
-            self.cache -= image.numel()
             self.kept[i] = image
+        self.cache -= image.numel()  # below zero the room is used up
         return image
 
     def crop(self, size, g):

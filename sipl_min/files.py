@@ -13,6 +13,9 @@ from PIL import Image, ImageOps
 
 PHOTOS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
+UMASK = os.umask(0)
+os.umask(UMASK)  # reading it means setting it
+
 
 class InputError(ValueError):
     """Something handed in cannot be used. The message is one sentence: what is wrong, where, and what to do."""
@@ -36,6 +39,7 @@ def whole(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        os.chmod(temporary, 0o666 & ~UMASK)  # some libraries write for the owner alone
         os.replace(temporary, path)
     except OSError as e:
         raise InputError(f"cannot write {str(path)!r}: {e.strerror or e}") from e
@@ -55,6 +59,25 @@ def check_photo(image):
         raise InputError(f"a photo must be uint8, uint16 or float in [0, 1], not {image.dtype}")
     if image.dtype.kind == "f" and not (image.min() >= 0 and image.max() <= 1):  # NaN fails both
         raise InputError(f"a float photo must hold values in [0, 1], found {image.min():.3g} to {image.max():.3g}")
+
+
+def check_batch(x, model, name="x"):
+    """Raise InputError unless `x` is a tensor (B, 3, H, W) in the dtype of `model`, without NaN."""
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
+        shape = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise InputError(f"{name} must be a tensor (B, 3, H, W), not {shape}: for NumPy photos use model.restore")
+    own = next(model.parameters()).dtype
+    if x.dtype != own and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        raise InputError(f"{name} is {x.dtype}, the model {own}: convert it, with values in [0, 1]")
+    if not model.training and x.isnan().any():  # in training the loss tells, without waiting for the device
+        raise InputError(f"{name} holds NaN: clean it first")
+
+
+def check_range(x):
+    """Raise InputError where values are far outside [0, 1]: noise may leave it a little, a 0..255 image does not."""
+    low, high = (float(v) for v in x.detach().aminmax())
+    if not (low >= -1 and high <= 2):  # NaN fails every comparison
+        raise InputError(f"x must hold values in [0, 1], found {low:.3g} to {high:.3g}: scale or clean it first")
 
 
 def split_alpha(image):
@@ -121,17 +144,31 @@ def read_pillow(path):
 
 
 def read_tiff(path):
-    """The first image; Pillow reads the kinds and compressions that tifffile alone does not, at 8 bits."""
+    """The first page, upright; Pillow reads the kinds and compressions that tifffile alone does not, at 8 bits."""
     with tifffile.TiffFile(path) as f:
         page = f.pages[0]
         if page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
+            whole_array = f.series[0].kind == "shaped" and page.ndim == 2  # one array, spread over pages by tifffile
             try:
-                image = f.asarray()
+                image = f.series[0].asarray() if whole_array else page.asarray()
             except ValueError:  # a compression that needs the package imagecodecs
                 return read_pillow(path)
-            planes = page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and image.ndim == 3
-            return np.moveaxis(image, 0, -1) if planes else image
+            if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and image.ndim == 3:
+                image = np.moveaxis(image, 0, -1)
+            turn = page.tags.get("Orientation")
+            return upright(image, int(turn.value) if turn else 1)
     return read_pillow(path)
+
+
+def upright(image, orientation):
+    """Undo the turning and mirroring that the TIFF and EXIF tag Orientation (1..8) tells of."""
+    if orientation in (5, 6, 7, 8):
+        image = np.swapaxes(image, 0, 1)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
 
 
 def decoder(path):
@@ -157,11 +194,7 @@ def write(path, image):
     """Write a photo whole or not at all. Raises InputError where the format cannot hold it."""
     path, ending = Path(path), Path(path).suffix.lower()
     channels = np.atleast_3d(image).shape[2]
-    check_writable(path)
-    narrow = ending not in (".png", ".tif", ".tiff")
-    if narrow and (image.dtype != np.uint8 or channels in (2, 4)) or ending == ".png" and image.dtype.kind == "f":
-        raise InputError(f"{str(path)!r} cannot hold {image.dtype} with {channels} channels: name it .tif"
-                         + ("" if image.dtype.kind == "f" else " or .png"))  # fmt: skip
+    check_writable(path, image)
     image = image[..., 0] if image.ndim == 3 and channels == 1 else image
     with whole(path) as temporary:
         if image.dtype == np.uint16 and channels > 1 and ending == ".png":
@@ -179,10 +212,16 @@ def write(path, image):
             iio.imwrite(temporary, image, plugin="pillow", **quality)
 
 
-def check_writable(path):
-    """Raise InputError, before any work is done, where no photo can be written under this name."""
-    if Path(path).suffix.lower() not in PHOTOS:
+def check_writable(path, image):
+    """Raise InputError, before any work is done, where a photo like `image` cannot be written under this name."""
+    ending, channels = Path(path).suffix.lower(), np.atleast_3d(image).shape[2]
+    if ending not in PHOTOS:
         raise InputError(f"cannot write {str(path)!r}: end the name in one of {', '.join(PHOTOS)}")
+    wide = ending in (".png", ".tif", ".tiff")  # all other kinds: 8 bits, and of them only .webp knows alpha
+    alpha = wide or (1, 3, *[4] * (ending == ".webp")).count(channels)
+    if not alpha or not wide and image.dtype != np.uint8 or ending == ".png" and image.dtype.kind == "f":
+        raise InputError(f"{str(path)!r} cannot hold {image.dtype} with {channels} channels: name it .tif"
+                         + ("" if image.dtype.kind == "f" else " or .png"))  # fmt: skip
 
 
 def find_photos(folder):

@@ -1,7 +1,8 @@
-"""Weights that were published under other names: PromptIR, Restormer, and SIPL + PromptIR, at any depth and width."""
+"""Weights published under other names: PromptIR, Restormer, AdaIR and NAFNet, and SIPL on PromptIR and on AdaIR."""
 
 import pickle
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,35 +12,71 @@ from safetensors.torch import load_file
 from .files import InputError
 from .sipl import SIPL
 
-# Published name -> ours, applied in this order. l = 1, 2, 3 is the scale 1/2, 1/4, 1/8; our lists count from 0.
-RENAME = [
-    (r"^privileged_dictionary(\d)$", lambda m: f"fusion.{int(m[1]) - 1}.dictionary"),
-    (r"^p(\d)_cross\.", lambda m: f"fusion.{int(m[1]) - 1}.read."),
-    (r"^cross_p(\d)\.", lambda m: f"fusion.{int(m[1]) - 1}.write."),
-    (r"^(fusion.*)\.norm11\.body", r"\1.norm_query"),
-    (r"^(fusion.*)\.norm12\.body", r"\1.norm_context"),
-    (r"^(fusion.*)\.norm2\.body", r"\1.norm_ffn"),
-    (r"^(fusion.*)\.attn\.", r"\1."),
-    (r"^patch_embed\.proj", "embed"),
-    (r"^(encoder|decoder)_level(\d)", lambda m: f"{m[1]}.{int(m[2]) - 1}"),
-    (r"^latent", "encoder.3"),
-    (r"^(down)(\d)_\d\.body", lambda m: f"down.{int(m[2]) - 1}"),
-    (r"^up(\d)_\d\.body", lambda m: f"up.{int(m[1]) - 2}"),
-    (r"^reduce_chan_level(\d)", lambda m: f"merge.{int(m[1]) - 1}"),
-    (r"^prompt(\d)\.prompt_param", lambda m: f"prompts.{int(m[1]) - 1}.maps"),
-    (r"^prompt(\d)\.linear_layer", lambda m: f"prompts.{int(m[1]) - 1}.choose"),
-    (r"^prompt(\d)\.conv3x3", lambda m: f"prompts.{int(m[1]) - 1}.conv"),
-    (r"^reduce_noise_level(\d)", lambda m: f"prompts.{int(m[1]) - 1}.reduce"),
-    (r"^noise_level(\d)", lambda m: f"prompts.{int(m[1]) - 1}.block"),
-    (r"\.(norm\d)\.body", r".\1"),
-    (r"\.attn\.", ".attention."),
-    (r"\.(q|kv|qkv)_dwconv\.", r".\1.1."),
-    (r"\.(q|kv|qkv)\.weight$", r".\1.0.weight"),
-    (r"\.project_in\.", ".inner.0."),
-    (r"\.ffn\.dwconv\.", ".ffn.inner.1."),
-    (r"\.project_out\.", ".out."),
+# Our name -> the published one: rules applied in this order; in a replacement, {1} is the number found plus one.
+# l = 1, 2, 3 is the scale 1/2, 1/4, 1/8; our lists count from 0.
+RULES = [
+    (r"^fusion\.(\d)\.dictionary", "privileged_dictionary{1}"),
+    (r"^fusion\.(\d)\.read\.", "p{1}_cross."),
+    (r"^fusion\.(\d)\.write\.", "cross_p{1}."),
+    (r"(cross.*)\.norm_query\.", r"\1.norm11.body."),
+    (r"(cross.*)\.norm_context\.", r"\1.norm12.body."),
+    (r"(cross.*)\.norm_ffn\.", r"\1.norm2.body."),
+    (r"(cross[^.]*)\.(temperature|q|kv|out)\b", r"\1.attn.\2"),
+    (r"^encoder\.embed", "patch_embed.proj"),
+    (r"^encoder\.levels\.3", "latent"),
+    (r"^(encoder|decoder)\.levels\.(\d)", r"\1_level{2}"),
+    (r"^encoder\.down\.0", "down1_2.body"),
+    (r"^encoder\.down\.1", "down2_3.body"),
+    (r"^encoder\.down\.2", "down3_4.body"),
+    (r"^decoder\.up\.0", "up2_1.body"),
+    (r"^decoder\.up\.1", "up3_2.body"),
+    (r"^decoder\.up\.2", "up4_3.body"),
+    (r"^decoder\.merge\.(\d)", "reduce_chan_level{1}"),
+    (r"^decoder\.prompts\.(\d)\.maps", "prompt{1}.prompt_param"),
+    (r"^decoder\.prompts\.(\d)\.choose", "prompt{1}.linear_layer"),
+    (r"^decoder\.prompts\.(\d)\.conv", "prompt{1}.conv3x3"),
+    (r"^decoder\.prompts\.(\d)\.reduce", "reduce_noise_level{1}"),
+    (r"^decoder\.prompts\.(\d)\.block", "noise_level{1}"),
+    # AdaIR: fre1 sits at the latent; what it calls channel_cross_l works on the high frequencies
+    (r"^decoder\.frequency\.0", "fre3"),
+    (r"^decoder\.frequency\.1", "fre2"),
+    (r"^decoder\.frequency\.2", "fre1"),
+    (r"^(fre\d)\.embed", r"\1.conv1"),
+    (r"^(fre\d)\.rate", r"\1.rate_conv"),
+    (r"^(fre\d)\.high", r"\1.channel_cross_l"),
+    (r"^(fre\d)\.low", r"\1.channel_cross_h"),
+    (r"^(fre\d)\.merge", r"\1.channel_cross_agg"),
+    (r"^(fre\d)\.where", r"\1.frequency_refine.SpatialGate.spatial"),
+    (r"^(fre\d)\.which", r"\1.frequency_refine.ChannelGate.mlp"),
+    (r"^(fre\d)\.mix", r"\1.frequency_refine.proj"),
+    (r"^(fre\d)\.weight_new", r"\1.para1"),
+    (r"^(fre\d)\.weight_old", r"\1.para2"),
+    (r"^decoder\.", ""),
+    (r"\.(norm\d)\.(weight|bias)$", r".\1.body.\2"),
+    (r"\.attention\.", ".attn."),
+    (r"\.(q|kv|qkv)\.0\.", r".\1."),
+    (r"\.(q|kv|qkv)\.1\.", r".\1_dwconv."),
+    (r"\.ffn\.inner\.0\.", ".ffn.project_in."),
+    (r"\.ffn\.inner\.1\.", ".ffn.dwconv."),
+    (r"\.out\.", ".project_out."),
 ]
-UNUSED = re.compile(r"^(chnl_reduce|reduce_noise_channel_)\d\.")  # in PromptIR's release, connected to nothing
+RULES_NAFNET = [
+    (r"^encoder\.embed\.", "intro."),
+    (r"^encoder\.levels\.", "encoders."),
+    (r"^encoder\.down\.", "downs."),
+    (r"^decoder\.down\.", "downs.3."),
+    (r"^decoder\.middle\.", "middle_blks."),
+    (r"^decoder\.up\.", "ups."),
+    (r"^decoder\.levels\.", "decoders."),
+    (r"^decoder\.output\.", "ending."),
+    (r"\.inner\.(\d)\.", ".conv{1}."),
+    (r"\.out\.", ".conv3."),
+    (r"\.channels\.", ".sca.1."),
+    (r"\.ffn_inner\.", ".conv4."),
+    (r"\.ffn_out\.", ".conv5."),
+]
+# In the releases of PromptIR and AdaIR, connected to nothing.
+UNUSED = re.compile(r"^((chnl_reduce|reduce_noise_channel_)\d|fre\d\.(conv|score_gen))\.")
 
 
 def from_published(source):
@@ -53,25 +90,46 @@ def from_published(source):
     """
     weights = unwrap(source if isinstance(source, dict) else read(source))
     weights = {name: t for name, t in weights.items() if not UNUSED.match(name)}
-    if "patch_embed.proj.weight" not in weights:
-        raise InputError(f"these weights are of no known family (names begin {', '.join(sorted(weights)[:3])}): "
-                         "PromptIR, Restormer and SIPL + PromptIR can be read")  # fmt: skip
-    family = "SIPL + " * ("privileged_dictionary1" in weights)
-    family += "PromptIR" if "prompt1.prompt_param" in weights else "Restormer"
+    backbone, family = recognise(weights)
     try:
-        model = SIPL("paper", **infer(weights))
-    except (KeyError, IndexError) as e:
+        model = SIPL("paper", backbone=backbone, **(infer_nafnet if backbone == "nafnet" else infer)(weights))
+    except (KeyError, IndexError, ZeroDivisionError) as e:
         raise InputError(f"these look like weights of {family}, but {e.args[0]} is missing") from e
-    renamed = {rename(name): (name, t) for name, t in weights.items()}
+    names = {published_name(name, backbone): name for name in model.state_dict()}
+    missing, extra = sorted(set(names) - set(weights)), sorted(set(weights) - set(names))
     own = model.state_dict()
-    missing, extra = sorted(set(own) - set(renamed)), sorted(renamed[n][0] for n in set(renamed) - set(own))
-    wrong = sorted(renamed[n][0] for n in set(renamed) & set(own) if renamed[n][1].shape != own[n].shape)
-    for what, names in (("are missing", missing), ("are unexpected", extra), ("have another shape", wrong)):
-        if names:
-            raise InputError(f"these look like weights of {family}, but {len(names)} tensors {what}: "
-                             f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")  # fmt: skip
-    model.load_state_dict({name: t for name, (_, t) in renamed.items()})
+    wrong = sorted(n for n in set(names) & set(weights) if weights[n].shape != own[names[n]].shape)
+    for what, found in (("missing", missing), ("unexpected", extra), ("of another shape", wrong)):
+        if found:
+            number = "1 tensor is" if len(found) == 1 else f"{len(found)} tensors are"
+            raise InputError(f"these look like weights of {family}, but {number} {what}: "
+                             f"{', '.join(found[:3])}{', ...' if len(found) > 3 else ''}")  # fmt: skip
+    model.load_state_dict({ours: weights[name] for name, ours in names.items()})
     return model.eval()
+
+
+def from_backbone(source, identity_start=False, **overrides):
+    """See `SIPL.from_backbone`."""
+    plain = source if isinstance(source, SIPL) else from_published(source)
+    for name in set(overrides) - {"dictionary_size", "dictionary_std", "read_heads", "write_heads"}:
+        raise InputError(f"setting {name!r} is not one of Proxy Fusion, and the backbone is given: leave it out")
+    settings = asdict(plain.settings) | dict(fusion=True, identity_start=identity_start) | overrides
+    model = SIPL("paper", **settings).to(next(plain.parameters()))
+    model.encoder.load_state_dict(plain.encoder.state_dict())
+    model.decoder.load_state_dict(plain.decoder.state_dict())
+    return model
+
+
+def recognise(weights):
+    """Backbone and name of the family, told by the names that only this family has."""
+    marks = {"intro.": "NAFNet", "fre1.": "AdaIR", "prompt1.": "PromptIR", "patch_embed.": "Restormer"}
+    for mark, family in marks.items():
+        if any(name.startswith(mark) for name in weights):
+            return family.lower(), "SIPL + " * ("privileged_dictionary1" in weights) + family
+    if "encoder.embed.weight" in weights:
+        raise InputError("these weights are this project's own, not published ones: read their file with SIPL.load")
+    raise InputError(f"these weights are of no known family (names begin {', '.join(sorted(weights)[:3])}): "
+                     "PromptIR, Restormer, AdaIR, NAFNet, SIPL + PromptIR and SIPL + AdaIR can be read")  # fmt: skip
 
 
 def read(path):
@@ -102,32 +160,38 @@ def unwrap(weights):
     return weights
 
 
-def rename(name):
-    for pattern, replacement in RENAME:
+def published_name(name, backbone="promptir"):
+    """Our name of a tensor -> the name under which it was published."""
+    for pattern, replacement in RULES_NAFNET if backbone == "nafnet" else RULES:
+        plus = re.search(r"\{(\d)\}", replacement)
+        if plus and (found := re.search(pattern, name)):
+            replacement = replacement.replace(plus[0], str(int(found[int(plus[1])]) + 1))
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def infer(weights):
-    """The settings that the shapes of published names imply."""
+def count(weights, part):
+    """How many blocks `part.0`, `part.1`, ... there are."""
+    numbers = [int(m[1]) for n in weights if (m := re.match(rf"{re.escape(part)}\.(\d+)\.", n))]
+    if not numbers:
+        raise KeyError(f"{part}.0")
+    return 1 + max(numbers)
 
-    def count(part):
-        return 1 + max(int(m[1]) for n in weights if (m := re.match(rf"{part}\.(\d+)\.", n)))
+
+def infer(weights):
+    """The settings that the shapes of published names imply, for Restormer and what was made of it."""
 
     def heads(part):
         return weights[f"{part}.temperature"].shape[0]
 
-    try:
-        levels = ["encoder_level1", "encoder_level2", "encoder_level3", "latent"]
-        found = dict(blocks=tuple(map(count, levels)), refinement=count("refinement"))
-    except ValueError as e:  # max() of nothing
-        raise KeyError("a level of encoder, latent or refinement") from e
-    found |= dict(dim=weights["patch_embed.proj.weight"].shape[0], prompts="prompt1.prompt_param" in weights)
-    found["heads"] = tuple(heads(f"{level}.0.attn") for level in levels)
+    levels = ["encoder_level1", "encoder_level2", "encoder_level3", "latent"]
+    found = dict(blocks=tuple(count(weights, part) for part in levels), refinement=count(weights, "refinement"))
+    found["dim"] = weights["patch_embed.proj.weight"].shape[0]
+    found["heads"] = tuple(heads(f"{part}.0.attn") for part in levels)
     found["expansion"] = expansion([(t.shape[1], t.shape[0] // 2) for n, t in weights.items()
                                     if n.endswith("ffn.project_in.weight") and "cross" not in n])  # fmt: skip
     scales = (1, 2, 3)
-    if found["prompts"]:
+    if "prompt1.prompt_param" in weights:
         shapes = [weights[f"prompt{i}.prompt_param"].shape for i in scales]
         found |= dict(prompt_channels=tuple(s[2] for s in shapes), prompt_size=tuple(s[3] for s in shapes))
     found["fusion"] = "privileged_dictionary1" in weights
@@ -136,6 +200,14 @@ def infer(weights):
         found["read_heads"] = tuple(heads(f"p{i}_cross.attn") for i in scales)
         found["write_heads"] = tuple(heads(f"cross_p{i}.attn") for i in scales)
     return found
+
+
+def infer_nafnet(weights):
+    if "ups.4.0.weight" in weights or "ups.3.0.weight" not in weights:
+        raise InputError("these look like weights of NAFNet, but not with the four levels that it was published with")
+    return dict(dim=weights["intro.weight"].shape[0], middle=count(weights, "middle_blks"), fusion=False,
+                blocks=tuple(count(weights, f"encoders.{i}") for i in range(4)),
+                decoder_blocks=tuple(count(weights, f"decoders.{i}") for i in range(4)))  # fmt: skip
 
 
 def expansion(widths):

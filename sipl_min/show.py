@@ -23,14 +23,15 @@ def error(y, clean):
 
 
 def score(y, clean):
-    """'24.31 dB, 0.812': PSNR and SSIM for a title."""
+    """'24.31 dB, 0.812': PSNR and SSIM, to write below an image."""
     return f"{psnr(y, clean):.2f} dB, {ssim(y, clean):.3f}"
 
 
 def panels(rows, width=2.2, top=0.3):
-    """Draw a grid. rows: a list of rows, each a list of (title, image) with images as in `picture`.
+    """Draw a grid. rows: a list of rows, each a list of (title, image) or (title, image, text below the image).
 
-    Two-dimensional images are maps, drawn in colour from 0 to `top`; pass None for an empty place.
+    Images are as in `picture`; two-dimensional ones are maps, drawn in colour from 0 to `top`. None leaves a place
+    empty.
     """
     from matplotlib import pyplot as plt
 
@@ -48,16 +49,17 @@ def panels(rows, width=2.2, top=0.3):
                 flat = dict(cmap="inferno", vmin=0, vmax=top) if image.ndim == 2 else {}
                 ax.imshow(image, **flat)
                 ax.set_title(item[0], fontsize=8)
+                ax.text(0.5, -0.03, "".join(item[2:]), transform=ax.transAxes, ha="center", va="top", fontsize=8)
     return figure
 
 
 def estimates_row(x, estimates, y, name):
-    """One row of panels: degraded, y0..y_T, clean, then the error maps of first and last estimate."""
-    row = [(f"{name}\n{score(x, y)}", x)]
-    row += [(f"$\\hat y_{{{t}}}$\n{score(e, y)}", e) for t, e in enumerate(estimates)]
-    row += [("clean\n", y)]
+    """One row of panels, PSNR and SSIM below: degraded, y0..y_T, clean, then the errors of first and last estimate."""
+    row = [(name, x, score(x, y))]
+    row += [(f"$\\hat y_{{{t}}}$", e, score(e, y)) for t, e in enumerate(estimates)]
+    row += [("clean", y)]
     last = len(estimates) - 1
-    row += [(f"$|\\hat y_{{{t}}} - y|$\n", error(estimates[t], y)) for t in sorted({0, last})]
+    row += [(f"$|\\hat y_{{{t}}} - y|$", error(estimates[t], y)) for t in sorted({0, last})]
     return row
 
 

@@ -7,33 +7,29 @@ with prompts in the decoder. Method: Wu, Jiang, Jiang & Liu 2025, arXiv 2505.242
 Shapes in the comments: B images, C channels, H x W pixels, d = `Settings.dim`.
 """
 
-import json
-from dataclasses import asdict
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from .files import InputError, from_tensor, to_tensor, whole
+from . import weights
+from .files import InputError, check_batch, check_range, from_tensor, to_tensor
 from .settings import choose
 
 # ---------------------------------------------------------------------------------------------- backbone blocks
 
 
 class ChannelNorm(nn.Module):
-    """Layer norm over the channels of each pixel (biased variance, eps 1e-5, weight and bias)."""
+    """Layer norm over the channels of each pixel (biased variance, weight and bias)."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, eps=1e-5):
         super().__init__()
+        self.eps = eps
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):  # (B, C, H, W)
         x = x.permute(0, 2, 3, 1)  # layer_norm wants the channels last
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-5).permute(0, 3, 1, 2)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
 def conv1(dim, out):
@@ -114,19 +110,24 @@ class CrossAttention(nn.Module):
     """Attention from every pixel of `query` to every pixel of `context`: one class serves read and write.
 
     Logits are q.k * temperature with unit q and k: in [-1, 1] at the start, so attention begins as an average.
-    The residual starts from the *normalised* query, as released.
+    The residual starts from the *normalised* query, as released; `identity` starts it from the query itself and all
+    that is added at zero, so that a new write changes nothing. `source` is the width of `context`, if another.
     """
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, source=None, identity=False):
         super().__init__()
+        source, self.identity = source or dim, identity
         self.heads, self.temperature = heads, nn.Parameter(torch.ones(heads, 1, 1))
-        self.norm_query, self.norm_context = ChannelNorm(dim), ChannelNorm(dim)
-        self.q, self.kv, self.out = project(dim, dim), project(dim, 2 * dim), conv1(dim, dim)
+        self.norm_query, self.norm_context = ChannelNorm(dim), ChannelNorm(source)
+        self.q, self.kv, self.out = project(dim, dim), project(source, 2 * dim), conv1(dim, dim)
         self.norm_ffn, self.ffn = ChannelNorm(dim), FeedForward(dim, 2, dual=True)
+        if identity:
+            nn.init.zeros_(self.out.weight), nn.init.zeros_(self.ffn.out.weight)
 
     def tokens(self, x, batch):  # (B or 1, C, H, W) -> (B, heads, H*W, C/heads)
         n, c, h, w = x.shape
-        return x.reshape(n, self.heads, c // self.heads, h * w).transpose(-2, -1).expand(batch, -1, -1, -1)
+        x = x.reshape(n, self.heads, c // self.heads, h * w).transpose(-2, -1)
+        return x.contiguous().expand(batch, -1, -1, -1)  # CUDA's fused kernels want the channels side by side
 
     def attend(self, query, context):
         """Unit queries (already times temperature), unit keys, values: each (B, heads, tokens, C/heads)."""
@@ -136,21 +137,22 @@ class CrossAttention(nn.Module):
         return F.normalize(q, dim=-1) * self.temperature, F.normalize(k, dim=-1), v
 
     def forward(self, query, context):  # (B, C, H, W) and (B, C, h, w) -> (B, C, H, W)
-        query, context = self.norm_query(query), self.norm_context(context)
+        residual, query, context = query, self.norm_query(query), self.norm_context(context)
         q, k, v = self.attend(query, context)
         # softmax(q k^T) v without the (H*W) x (h*w) matrix ever existing; no 1/sqrt(C), so scale=1
         z = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        z = query + self.out(z.transpose(-2, -1).reshape(len(q), *query.shape[1:]))
+        z = (residual if self.identity else query) + self.out(z.transpose(-2, -1).reshape(len(q), *query.shape[1:]))
         return z + self.ffn(self.norm_ffn(z))
 
 
 class ProxyFusion(nn.Module):
     """The Privileged Dictionary of one scale, and the two attentions that use it (SIPL, Proxy Fusion)."""
 
-    def __init__(self, dim, size, std, read_heads, write_heads):
+    def __init__(self, dim, size, std, read_heads, write_heads, source=None, identity=False):
         super().__init__()
         self.dictionary = nn.Parameter(std * torch.randn(1, dim, size, size))  # D_l
-        self.read, self.write = CrossAttention(dim, read_heads), CrossAttention(dim, write_heads)
+        self.read = CrossAttention(dim, read_heads, source)  # source: channels of P_l, where not those of h_l
+        self.write = CrossAttention(dim, write_heads, identity=identity)
 
     def proxy(self, privileged=None):
         """The dictionary dressed with what this image needs: Read(D, P); without a privileged feature, D itself."""
@@ -167,9 +169,63 @@ def mirror(x, axis, before, after):
     return x.index_select(axis, torch.minimum(i, (2 * n - 2 - i).abs())) if before or after else x
 
 
-def pad(x):
+def pad(x, multiple=8):
     """(B, 3, H, W) with right and bottom mirrored up to the next multiples of 8, which three halvings need."""
-    return mirror(mirror(x, -2, 0, -x.shape[-2] % 8), -1, 0, -x.shape[-1] % 8)
+    return mirror(mirror(x, -2, 0, -x.shape[-2] % multiple), -1, 0, -x.shape[-1] % multiple)
+
+
+def level(dim, heads, count, expansion):
+    return nn.Sequential(*(Block(dim, heads, expansion) for _ in range(count)))
+
+
+class Encoder(nn.Module):
+    """Restormer's encoder: each level halves the resolution and doubles the channels."""
+
+    pad = staticmethod(pad)
+
+    def __init__(self, s):
+        super().__init__()
+        widths = [s.dim * 2**i for i in range(4)]
+        self.embed = conv3(3, s.dim)
+        self.levels = nn.ModuleList(level(*args, s.expansion) for args in zip(widths, s.heads, s.blocks))
+        self.down = nn.ModuleList(nn.Sequential(conv3(d, d // 2), nn.PixelUnshuffle(2)) for d in widths[:3])
+
+    def forward(self, x):
+        """(B, 3, H, W) -> features at full, 1/2, 1/4, 1/8 resolution, (B, d, H, W) to (B, 8d, H/8, W/8)."""
+        features = [self.levels[0](self.embed(x))]
+        for down, blocks in zip(self.down, self.levels[1:]):
+            features.append(blocks(down(features[-1])))
+        return features
+
+
+class Decoder(nn.Module):
+    """Restormer's decoder, with PromptIR's prompts if the settings say so. Index 0, 1, 2 is the scale 1/2, 1/4, 1/8."""
+
+    def __init__(self, s):
+        super().__init__()
+        d2, d3, d4 = widths = [s.dim * 2**i for i in (1, 2, 3)]
+        reduced = (d2, d3, d3 if s.backbone == "promptir" else d4)  # after the prompt, whose 1x1 halves the latent
+        self.prompts = None
+        if s.backbone == "promptir":
+            args = zip(widths, reduced, s.prompt_channels, s.prompt_size)
+            self.prompts = nn.ModuleList(Prompt(*a, s.expansion) for a in args)
+        self.up = nn.ModuleList(nn.Sequential(conv3(d, 2 * d), nn.PixelShuffle(2)) for d in reduced)
+        self.merge = nn.ModuleList([nn.Identity(), conv1(2 * d2, d2), conv1(reduced[2] // 2 + d3, d3)])
+        args = zip((d2, d2, d3), s.heads, s.blocks)
+        self.levels = nn.ModuleList(level(*a, s.expansion) for a in args)
+        self.refinement, self.output = level(d2, s.heads[0], s.refinement, s.expansion), conv3(d2, 3)
+
+    def adapt(self, i, h, x):  # PromptIR adapts each level to the degradation; Restormer does not
+        return h if self.prompts is None else self.prompts[i](h)
+
+    def forward(self, x, features, fuse):
+        """Image, its four features, and `fuse(i, h)`, which is Proxy Fusion at scale i -> image, not clamped."""
+        *skips, h = features
+        for i in (2, 1, 0):
+            h = self.adapt(i, fuse(i, h), x)
+            h = torch.cat([self.up[i](h), skips[i]], 1)  # twice the size, half the channels, and the skip
+            h = self.levels[i](self.merge[i](h))
+        return self.output(self.refinement(h)) + x  # the network predicts the damage
 
 
 class SIPL(nn.Module):
@@ -177,64 +233,79 @@ class SIPL(nn.Module):
 
     Args:
         preset: "nano" (a laptop), "small", or "paper" (SIPL + PromptIR as published, 40.03 M parameters).
-        overrides: any field of `Settings`, e.g. `fusion=False` for the plain backbone.
+        overrides: any field of `Settings`, e.g. `fusion=False` for the plain backbone, `backbone="nafnet"`.
     Raises InputError for an unknown preset or setting, or a value that cannot work.
     """
 
     def __init__(self, preset="nano", **overrides):
         super().__init__()
+        from .backbones import BACKBONES  # not above: that file is made of the blocks of this one
+
         self.settings = s = choose(preset, **overrides)
-        d1, d2, d3, d4 = (s.dim * 2**i for i in range(4))
-
-        def level(dim, heads, count):
-            return nn.Sequential(*(Block(dim, heads, s.expansion) for _ in range(count)))
-
-        def up(dim):  # (B, C, H, W) -> (B, C/2, 2H, 2W)
-            return nn.Sequential(conv3(dim, 2 * dim), nn.PixelShuffle(2))
-
-        self.embed = conv3(3, d1)
-        self.encoder = nn.ModuleList(level(d, s.heads[i], s.blocks[i]) for i, d in enumerate((d1, d2, d3, d4)))
-        self.down = nn.ModuleList(nn.Sequential(conv3(d, d // 2), nn.PixelUnshuffle(2)) for d in (d1, d2, d3))
-        # Decoder, index 0, 1, 2 = scale 1/2, 1/4, 1/8: [fusion], [prompt], up, concatenate the skip, merge, blocks.
-        widths, reduced = (d2, d3, d4), (d2, d3, d3 if s.prompts else d4)
+        encoder, decoder = BACKBONES[s.backbone]
+        self.encoder = encoder(s)
         if s.fusion:
+            widths = [s.dim * 2**i for i in (1, 2, 3)]
             args = zip(widths, s.dictionary_size, [s.dictionary_std] * 3, s.read_heads, s.write_heads)
-            self.fusion = nn.ModuleList(ProxyFusion(*a) for a in args)
-        if s.prompts:
-            args = zip(widths, reduced, s.prompt_channels, s.prompt_size)
-            self.prompts = nn.ModuleList(Prompt(*a, s.expansion) for a in args)
-        self.up = nn.ModuleList(up(d) for d in reduced)
-        self.merge = nn.ModuleList([nn.Identity(), conv1(2 * d2, d2), conv1(reduced[2] // 2 + d3, d3)])
-        self.decoder = nn.ModuleList(level(d, s.heads[i], s.blocks[i]) for i, d in enumerate((d2, d2, d3)))
-        self.refinement, self.output = level(d2, s.heads[0], s.refinement), conv3(d2, 3)
+            self.fusion = nn.ModuleList(ProxyFusion(*a, identity=s.identity_start) for a in args)
+        self.decoder = decoder(s)
 
-    # ---- the two halves of the backbone, on images whose sides are multiples of 8
+    @classmethod
+    def from_backbone(cls, source, identity_start=False, **overrides):
+        """Weights of a plain backbone with new Proxy Fusion around them, ready to fine-tune.
+
+        Args:
+            source: what `from_published` takes, or a `SIPL`, of which encoder and decoder are copied.
+            identity_start: True makes the untrained first pass equal the backbone's output, to rounding.
+            overrides: the other settings of Proxy Fusion: dictionary_size, dictionary_std, read_heads, write_heads.
+        """
+        from .published import from_backbone
+
+        return from_backbone(source, identity_start, **overrides)
+
+    @staticmethod
+    def wrap(net, encoder, decoder, example, **settings):
+        """SIPL around any network: features are tapped, and fused, behind modules found by their names.
+
+        Args:
+            net: maps (B, 3, H, W) to the same shape. It is used, not copied, and stays usable by itself.
+            encoder: names (as in `net.named_modules()`) of the modules whose outputs are the privileged features.
+            decoder: as many names: behind each, Proxy Fusion writes. Pairs are made by resolution where possible.
+            example: an image tensor for one dry run, which tells channels and resolutions.
+            settings: dictionary_size, read_heads, write_heads (one number per scale), dictionary_std,
+                identity_start, multiple (what sides the network needs, default multiples of 8).
+        Raises InputError for names that do not exist, outputs that are no features, an order that cannot work.
+        """
+        from .wrap import wrap
+
+        return wrap(net, encoder, decoder, example, **settings)
+
+    # ---- what the method asks of a backbone, on padded images; `wrap.py` answers it for any other network
+
+    def pad(self, x, multiple=8):
+        return self.encoder.pad(x, multiple)
 
     def encode(self, x):
-        """(B, 3, H, W) -> features at full, 1/2, 1/4, 1/8 resolution, (B, d, H, W) to (B, 8d, H/8, W/8)."""
-        h, features = self.encoder[0](self.embed(x)), []
-        for down, blocks in zip(self.down, self.encoder[1:]):
-            features.append(h)
-            h = blocks(down(h))
-        return [*features, h]
+        """All that the decoder needs of x, computed once."""
+        return self.encoder(x)
+
+    def tap(self, image):
+        """E(image): the privileged features, at 1/2, 1/4 and 1/8 resolution."""
+        return self.encoder(image)[1:4]
 
     def decode(self, x, features, proxies=None):
-        """Image, its four features and the three proxies -> restored image (B, 3, H, W), not clamped."""
-        *skips, h = features
-        for i in (2, 1, 0):
-            if proxies is not None:
-                h = self.fusion[i].write(h, proxies[i])
-            if self.settings.prompts:
-                h = self.prompts[i](h)
-            h = torch.cat([self.up[i](h), skips[i]], 1)
-            h = self.decoder[i](self.merge[i](h))
-        return self.output(self.refinement(h)) + x
+        """x, its features and the proxies -> restored image (B, 3, H, W), not clamped."""
+
+        def fuse(i, h):  # Proxy Fusion at scale i, which a plain backbone has not
+            return h if proxies is None else self.fusion[i].write(h, proxies[i])
+
+        return self.decoder(x, features, fuse)
 
     def proxies(self, privileged=None):
         """Three proxies D^_l, one per scale; None for a plain backbone."""
         if not self.settings.fusion:
             return None
-        return [f.proxy(p) for f, p in zip(self.fusion, privileged or [None] * 3)]
+        return [f.proxy(p) for f, p in zip(self.fusion, privileged or [None] * len(self.fusion))]
 
     # ---- what people call
 
@@ -246,22 +317,22 @@ class SIPL(nn.Module):
             privileged: None, or three features as `model.privileged(image)` returns them.
         Returns (B, 3, H, W), not clamped. Raises InputError for another shape or dtype.
         """
-        self._check(x)
+        check_batch(x, self)
         if privileged is not None:
             self._needs_fusion("a guided pass")
-            widths = [f.dictionary.shape[1] for f in self.fusion]
+            widths = [f.read.norm_context.weight.shape[0] for f in self.fusion]
             given = privileged if isinstance(privileged, (list, tuple)) else ()
-            if [getattr(p, "ndim", 0) == 4 and p.shape[1] for p in given] != widths:
-                raise InputError(f"privileged must be three (B, C, h, w) features with C = {widths}: "
-                                 "pass what model.privileged(image) returns")  # fmt: skip
+            if [getattr(p, "ndim", 0) == 4 and len(p) in (1, len(x)) and p.shape[1] for p in given] != widths:
+                raise InputError(f"privileged must be {len(widths)} features (B, C, h, w), C = {widths}, B = {len(x)} "
+                                 "as in x or 1: pass what model.privileged(image) returns")  # fmt: skip
         h, w = x.shape[-2:]
-        x = pad(x)
+        x = self.pad(x)
         return self.decode(x, self.encode(x), self.proxies(privileged))[..., :h, :w]
 
     def privileged(self, image):
         """E(image): encoder features at 1/2, 1/4, 1/8, a list of (B, 2d, H/2, W/2), (B, 4d, ...), (B, 8d, ...)."""
-        self._check(image, "image")
-        return self.encode(pad(image))[1:]
+        check_batch(image, self, "image")
+        return self.tap(self.pad(image))
 
     @torch.no_grad()
     def refine(self, x, steps=1, feedback="privilege", return_all=False):
@@ -271,15 +342,14 @@ class SIPL(nn.Module):
           feedback="privilege" (the paper's equations): P = E(y_{t-1}); y_t = f(x; Read(D, P))
           feedback="chain" (the released code): the refined image becomes the next input, and each round starts anew
             with its own first pass: a = f(y_{t-1}; D); y_t = f(y_{t-1}; Read(D, E(a))), where round one starts at x.
-        E(x) is shared: T steps cost 1 + T encoders and decoders (chain: 2T of each). Pads before, crops after.
+        E(x) is shared: T steps cost 1 + T encoders and decoders (chain: 2T of each). Pads once before, crops once
+        after: to multiples of 8, and for "chain" of 16 as the released loop does.
 
         Returns y_T (B, 3, H, W), not clamped, or with `return_all` the list [y0, ..., y_T].
         Raises InputError for values far outside [0, 1], NaN, steps < 0, or a model without Proxy Fusion.
         """
-        self._check(x)
-        low, high = (float(v) for v in x.detach().aminmax())
-        if not (low >= -1 and high <= 2):  # NaN fails every comparison; noise may leave [0, 1] a little
-            raise InputError(f"x must hold values in [0, 1], found {low:.3g} to {high:.3g}: scale or clean it first")
+        check_batch(x, self)
+        check_range(x)
         if feedback not in ("privilege", "chain"):
             raise InputError(f"unknown feedback {feedback!r}: choose 'privilege' or 'chain'")
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
@@ -287,7 +357,7 @@ class SIPL(nn.Module):
         if steps:
             self._needs_fusion("refinement")
         h, w = x.shape[-2:]
-        x = pad(x)
+        x = self.pad(x, 16 if feedback == "chain" else 8)
         features = self.encode(x)  # E(x), once
         y = self.decode(x, features, self.proxies())
         estimates = [y[..., :h, :w]]
@@ -295,8 +365,7 @@ class SIPL(nn.Module):
             if feedback == "chain" and t > 0:
                 x, features = y, self.encode(y)
                 y = self.decode(x, features, self.proxies())
-            privileged = self.encode(y)[1:]  # P = E(estimate)
-            y = self.decode(x, features, self.proxies(privileged))
+            y = self.decode(x, features, self.proxies(self.tap(y)))  # P = E(estimate)
             estimates = [*estimates, y[..., :h, :w]] if return_all else [y[..., :h, :w]]
         return estimates if return_all else estimates[-1]
 
@@ -311,58 +380,20 @@ class SIPL(nn.Module):
         Returns an array of the same shape and dtype. Raises InputError for anything else, or NaN.
         """
         image = np.asarray(image)
-        x = to_tensor(image).to(self.output.weight)  # the model's device and dtype
+        x = to_tensor(image).to(next(self.parameters()))  # the model's device and dtype
         return from_tensor(self.refine(x, int(self.settings.fusion) if steps is None else steps, feedback), like=image)
 
     # ---- files
 
     def save(self, path):
         """Write weights and settings to one safetensors file (to a temporary name first, then renamed)."""
-        header = {"sipl_min": json.dumps({"version": 1, "settings": asdict(self.settings)})}
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        with whole(path) as temporary:
-            save_file(tensors, temporary, header)
+        weights.save(self, path)
 
     @classmethod
-    def load(cls, path, device="cpu"):
-        """Read a file that `save` wrote. Raises InputError where it is missing, damaged or not ours; runs no code."""
-        name = repr(str(path))
-        if not Path(path).is_file():
-            raise InputError(f"no weights at {name}: check the path")
-        try:
-            with safe_open(path, framework="pt") as f:
-                header, tensors = f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{name} is not a whole safetensors file ({e}): copy or save it again") from e
-        if "sipl_min" not in header:
-            raise InputError(f"{name} was not written by model.save: pass a file that was")
-        try:
-            header = json.loads(header["sipl_min"])
-            if header["version"] != 1:
-                raise InputError(f"{name} has file version {header['version']}, this sipl_min reads 1: update sipl_min")
-            model = cls("paper", **header["settings"])
-        except (KeyError, TypeError, json.JSONDecodeError) as e:
-            raise InputError(f"{name} has a damaged header ({e}): copy or save it again") from e
-        own = {key: t.shape for key, t in model.state_dict().items()}
-        wrong = sorted(k for k in {*own, *tensors} if k not in tensors or own.get(k) != tensors[k].shape)
-        if wrong:
-            raise InputError(f"{name} does not match its own settings at {', '.join(wrong[:3])} ({len(wrong)} in all): "
-                             "save it again")  # fmt: skip
-        model.load_state_dict(tensors)
-        return model.to(device).eval()
-
-    # ---- checks of the input
-
-    def _check(self, x, name="x"):
-        if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
-            shape = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise InputError(f"{name} must be a tensor (B, 3, H, W), not {shape}: for NumPy photos use model.restore")
-        own = self.output.weight.dtype
-        if x.dtype != own and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
-            raise InputError(f"{name} is {x.dtype}, the model {own}: convert it, with values in [0, 1]")
-        if not self.training and x.isnan().any():  # in training the loss tells, without waiting for the device
-            raise InputError(f"{name} holds NaN: clean it first")
+    def load(cls, path, device="cpu", net=None):
+        """Read what `save` wrote (if around a wrapped network, into that `net`). Raises InputError; runs no code."""
+        return weights.load(path, net).to(device).eval()
 
     def _needs_fusion(self, what):
         if not self.settings.fusion:
-            raise InputError(f"{what} needs Proxy Fusion, and this model was built with fusion=False")
+            raise InputError(f"{what} needs Proxy Fusion, and this model is a plain backbone: pass steps 0")

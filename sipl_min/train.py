@@ -20,7 +20,8 @@ from .files import InputError, whole
 def authors(model, x, y):
     """The released training step: P = E(f(y; D)) without gradient, then the guided pass f(x; Read(D, P)).
 
-    What is privileged is not the clean image but the network's own restoration of it, as it will be at test time.
+    What is privileged is not the clean image y but the network's own restoration of it. At test time it will be the
+    restoration of the degraded image, P = E(f(x; D)): the same kind of image, from a worse source.
     Only the guided pass is trained; the first pass f(x; D) has no loss of its own.
     """
     with torch.no_grad():
@@ -68,9 +69,19 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
         raise InputError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}, or pass a function")
     if recipe in RECIPES and (recipe == "authors") != model.settings.fusion:
         raise InputError(f"recipe {recipe!r} needs a model with fusion={recipe == 'authors'}")
-    for name, value, multiple in (("steps", steps, 1), ("count", count, 1), ("size", size, 8)):
+    whole_numbers = dict(steps=steps, count=count, size=size, save_every=save_every, validate_every=validate_every)
+    for name, value in whole_numbers.items():
+        multiple = 8 if name == "size" else 1
         if not isinstance(value, int) or value < 1 or value % multiple:
             raise InputError(f"{name}={value!r} must be a positive whole number" + ", a multiple of 8" * (multiple > 1))
+    for name, value in (("warmup", warmup), ("seed", seed)):
+        if not isinstance(value, int) or value < 0:
+            raise InputError(f"{name}={value!r} must be a whole number >= 0")
+    for name, value in (("peak", peak), ("clip", clip)):
+        if not 0 < value < math.inf:
+            raise InputError(f"{name}={value!r} must be a positive number")
+    if not 0 <= decay < math.inf:
+        raise InputError(f"decay={decay!r} must be a number >= 0")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     autocast = device.type == "cuda" if autocast is None else autocast
     images = images if isinstance(images, Images) else Images(images, seed=seed)
@@ -78,7 +89,7 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=decay)
     run = dict(settings=asdict(model.settings), setting=setting, recipe=getattr(recipe, "__name__", recipe),
                steps=steps, count=count, size=size, peak=peak, warmup=warmup, decay=decay, clip=clip, seed=seed,
-               images=len(images))  # fmt: skip
+               images=images.names())  # fmt: skip
     start, log = 0, []
     if folder is not None:
         folder = Path(folder)
@@ -169,8 +180,12 @@ def resume(folder, run, model, optimizer):
     differing = sorted(name for name in {*old, *run} if old.get(name) != run.get(name))
     if differing:
         name = differing[0]
-        raise InputError(f"{str(path)!r} belongs to another run ({name}={old.get(name)!r}, now {run.get(name)!r}): "
-                         "repeat its arguments, or pass another folder")  # fmt: skip
+        change = f"{name}={old.get(name)!r}, now {run.get(name)!r}"
+        if name == "images" and isinstance(old.get(name), list):
+            change = f"its {len(old[name])} images are not the {len(run[name])} given now"
+        raise InputError(
+            f"{str(path)!r} belongs to another run ({change}): repeat its arguments, or pass another folder"
+        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     log = []

@@ -48,6 +48,19 @@ def test_evaluate_measures_what_refine_gives():
     assert means["input"]["average"] == pytest.approx(np.mean([r["psnr"] for r in rows if r["estimate"] == "input"]))
 
 
+def test_each_photo_has_draws_of_its_own():
+    """Strengths must not be shared by photos, or many images would be few measurements."""
+    grey = [np.full((32, 32, 3), v, np.uint8) for v in (120, 121)]
+    veils = [float((benchmark.pair(p, "cdd11", "haze", seed)[0]).mean()) for p in grey for seed in (0, 1)]
+    assert len({round(v, 3) for v in veils}) == 4
+    assert torch.equal(benchmark.pair(grey[0], "cdd11", "haze")[0], benchmark.pair(grey[0].copy(), "cdd11", "haze")[0])
+    rows = benchmark.evaluate(tiny(), "three_task", 0, dict(a=PHOTOS["a"]), seed=4, draws=3, progress=False)
+    assert [r["seed"] for r in rows[::2]] == [4, 5, 6] * 5 and len({r["psnr"] for r in rows[::2]}) > 10
+    for options in (dict(draws=0), dict(seed=-1)):
+        with pytest.raises(InputError, match="must be a whole number"):
+            benchmark.evaluate(tiny(), "three_task", 0, **options)
+
+
 def test_published_figures_are_marked_and_complete():
     tables = json.loads(asset("published.json").read_text())
     for setting in ("three_task", "five_task", "cdd11"):

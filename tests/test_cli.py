@@ -55,6 +55,41 @@ def test_restore_a_folder_does_the_good_and_names_the_bad(tmp_path, weights, pho
     assert files(target) == ["a.png", "c.tif", "deep/b.jpg"]
 
 
+def test_restore_again_leaves_what_was_restored(tmp_path, weights, photo, capsys):
+    write(tmp_path / "a.png", photo)
+    assert main(["restore", str(tmp_path), str(tmp_path / "out"), *weights]) == 0
+    assert main(["restore", str(tmp_path), str(tmp_path / "out"), "--force", *weights]) == 0
+    assert files(tmp_path) == ["a.png", "out/a.png", "w.safetensors"]
+    (tmp_path / "a.png").unlink()
+    assert main(["restore", str(tmp_path), str(tmp_path / "out"), "--force", *weights]) == 2
+    assert "no photos in" in capsys.readouterr().err
+    assert main(["restore", str(tmp_path / "out"), str(tmp_path), *weights]) == 0, "into the folder above"
+    assert files(tmp_path) == ["a.png", "out/a.png", "w.safetensors"]
+
+
+def test_one_photo_too_large_does_not_cost_the_others(tmp_path, weights, photo, capsys, monkeypatch):
+    def limited(self, image, *_):
+        if image.shape[0] > 40:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        return image
+
+    monkeypatch.setattr(SIPL, "restore", limited)
+    write(tmp_path / "in" / "large.png", photo)
+    write(tmp_path / "in" / "small.png", photo[:20])
+    assert main(["restore", str(tmp_path / "in"), str(tmp_path / "out"), *weights]) == 1
+    assert "not enough memory to restore" in capsys.readouterr().err
+    assert files(tmp_path / "out") == ["small.png"]
+
+
+def test_a_plain_backbone_needs_no_word_about_steps(tmp_path, photo, capsys):
+    tiny(fusion=False).save(tmp_path / "plain.safetensors")
+    write(tmp_path / "a.png", photo)
+    plain = ["--weights", str(tmp_path / "plain.safetensors")]
+    assert main(["restore", str(tmp_path / "a.png"), str(tmp_path / "b.png"), *plain]) == 0
+    assert main(["restore", str(tmp_path / "a.png"), str(tmp_path / "c.png"), "--steps", "1", *plain]) == 2
+    assert "pass steps 0" in capsys.readouterr().err
+
+
 def test_train_then_use_the_weights(tmp_path, photo, capsys):
     write(tmp_path / "photos" / "a.png", photo)
     run = ["train", str(tmp_path / "run"), "--images", str(tmp_path / "photos"), "--steps", "2", "--size", "16"]
@@ -90,6 +125,13 @@ def test_benchmark_prints_measured_beside_published(tmp_path, weights, capsys, m
         (["restore", "bright.tif", "o.tif"], "found 0 to 2"),
         (["restore", "five.tif", "o.tif"], "C = 1, 2, 3 or 4"),
         (["demo", "--setting", "fog", "--output", "o.png"], "unknown setting 'fog'"),
+        (["demo", "--seed", "-1", "--output", "o.png"], "seed=-1 must be"),
+        (["restore", "deep.png", "o.jpg"], "cannot hold uint16 with 3 channels"),
+        (["restore", "alpha.png", "o.jpg"], "cannot hold uint8 with 4 channels"),
+        (["train", "o", "--seed", "-1"], "seed=-1 must be"),
+        (["train", "o", "--save-every", "0"], "save_every=0 must be"),
+        (["train", "o", "--peak", "-1"], "peak=-1.0 must be"),
+        (["benchmark", "cdd11", "--draws", "0"], "draws=0 must be"),
         (["train", "o", "--preset", "huge"], "unknown preset 'huge'"),
         (["train", "o", "--recipe", "magic"], "unknown recipe 'magic'"),
         (["train", "o", "--images", "empty"], "no photos in 'empty'"),
@@ -104,6 +146,8 @@ def test_bad_input_exits_with_2_and_one_sentence(tmp_path, weights, photo, monke
     iio.imwrite("nan.tif", np.full((9, 9, 3), np.nan, np.float32))
     iio.imwrite("bright.tif", np.linspace(0, 2, 243, dtype=np.float32).reshape(9, 9, 3))
     iio.imwrite("five.tif", np.zeros((9, 9, 5), np.uint8), plugin="tifffile", photometric="minisblack")
+    write(tmp_path / "deep.png", photo.astype(np.uint16))
+    write(tmp_path / "alpha.png", np.dstack([photo, photo[..., :1]]))
     before = files(tmp_path)
     if "--weights" not in arguments and arguments[0] != "train":
         arguments = [*arguments, *weights]

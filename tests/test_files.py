@@ -88,6 +88,33 @@ def test_transparency_and_planes(tmp_path):
     assert np.array_equal(read(tmp_path / "b.tif"), deep)
 
 
+def test_tiff_pages_and_orientation(tmp_path):
+    colour = rng.integers(0, 255, (2, 8, 9, 3), np.uint8)
+    with tifffile.TiffWriter(tmp_path / "two.tif") as f:
+        f.write(colour[0], photometric="rgb", metadata=None)
+        f.write(colour[1, :5], photometric="rgb", metadata=None)
+    tifffile.imwrite(tmp_path / "stack.tif", colour, photometric="rgb")
+    tifffile.imwrite(tmp_path / "grey.tif", colour[..., 0], photometric="minisblack", metadata=None)
+    for name, expected in (("two", colour[0]), ("stack", colour[0]), ("grey", colour[0, ..., 0])):
+        assert np.array_equal(read(tmp_path / f"{name}.tif"), expected), name
+    for orientation in range(1, 9):
+        Image.fromarray(colour[0]).save(tmp_path / "o.png")
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(colour[0]).save(tmp_path / "pillow.png", exif=exif)  # Pillow turns PNG as we turn TIFF
+        tag = [(274, "H", 1, orientation, False)]
+        tifffile.imwrite(tmp_path / "o.tif", colour[0], photometric="rgb", extratags=tag, metadata=None)
+        assert np.array_equal(read(tmp_path / "o.tif"), read(tmp_path / "pillow.png")), orientation
+
+
+def test_webp_keeps_alpha_and_eight_bits_only(tmp_path):
+    image = rng.integers(0, 255, (16, 16, 4), np.uint8)
+    write(tmp_path / "a.webp", image)
+    assert read(tmp_path / "a.webp").shape == image.shape
+    with pytest.raises(InputError, match="cannot hold uint16 with 3 channels"):
+        write(tmp_path / "a.webp", image[..., :3].astype(np.uint16))
+
+
 def test_bad_files_get_one_sentence(tmp_path, photo):
     write(tmp_path / "good.png", photo)
     iio.imwrite(tmp_path / "good.jpg", np.tile(photo, (4, 4, 1)))

@@ -1,6 +1,7 @@
 """The method: shapes, the loop against its naive form, gradients, padding, files."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_no_padding_where_none_is_needed():
 
 def test_prompts_and_fusion_can_be_left_out():
     x = rand(1, 3, 16, 16)
-    for overrides in (dict(prompts=False), dict(fusion=False), dict(prompts=False, fusion=False)):
+    for overrides in (dict(backbone="restormer"), dict(fusion=False), dict(backbone="restormer", fusion=False)):
         model = tiny(**overrides)
         assert model(x).shape == x.shape
         assert hasattr(model, "fusion") == overrides.get("fusion", True)
@@ -91,9 +92,9 @@ def explicit(self, query, context):
 
 @torch.no_grad()
 def naive(model, x, steps, feedback):
-    """Call the whole network every time; pad first and crop last."""
+    """Call the whole network every time; pad first and crop last (chain as released: to multiples of 16)."""
     h, w = x.shape[-2:]
-    x = pad(x)
+    x = pad(x, 16 if feedback == "chain" else 8)
     estimates = [model(x)]
     for _ in range(steps):
         if feedback == "chain":
@@ -120,10 +121,37 @@ def test_loop_equals_the_naive_loop(model, feedback, monkeypatch):
 @pytest.mark.parametrize("feedback, encoders", [("privilege", 1 + 3), ("chain", 2 * 3)])
 def test_encoder_runs_once_per_distinct_image(model, feedback, encoders):
     calls = {"encoder": 0, "decoder": 0}
-    model.embed.register_forward_hook(lambda *_: calls.update(encoder=calls["encoder"] + 1))
-    model.output.register_forward_hook(lambda *_: calls.update(decoder=calls["decoder"] + 1))
+    model.encoder.register_forward_hook(lambda *_: calls.update(encoder=calls["encoder"] + 1))
+    model.decoder.register_forward_hook(lambda *_: calls.update(decoder=calls["decoder"] + 1))
     model.refine(rand(1, 3, 16, 16), steps=3, feedback=feedback)
     assert calls == {"encoder": encoders, "decoder": encoders}
+
+
+def test_what_attention_gets_suits_the_fused_kernels_of_a_gpu(model, monkeypatch):
+    """They need the channels of a token side by side in memory, or the matrix is made after all."""
+    seen, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.extend(a) or attention(*a, **k))
+    model.refine(rand(2, 3, 16, 16), 1)
+    assert len(seen) == 3 * 9 and all(t.stride(-1) == 1 for t in seen)
+
+
+@pytest.mark.parametrize("backbone", ["restormer", "adair", "nafnet"])
+def test_every_backbone_does_what_promptir_does(backbone, tmp_path):
+    model = tiny(backbone=backbone)
+    for h, w in ((1, 1), (7, 5), (24, 40)):
+        x = rand(2, 3, h, w)
+        assert model(x).shape == model.refine(x, 1, "chain").shape == x.shape
+    x = rand(1, 3, 27, 34)
+    if backbone == "nafnet":  # zeros to the next multiples of 16, as NAFNet has it
+        x = F.pad(x, (0, 14, 0, 5))
+    for ours, theirs in zip(model.refine(x, 2, return_all=True), naive(model, x, 2, "privilege")):
+        assert (ours - theirs).abs().max() <= 2e-6 * theirs.abs().max()
+    grads = gradients(model, rand(1, 3, 16, 16), rand(1, 3, 16, 16, seed=1), train.authors)
+    silent = [n for n, _ in model.named_parameters() if n not in grads or not grads[n].abs().sum() > 0]
+    # AdaIR cuts its rates to whole numbers; below 128 pixels a side its box of low frequencies is empty
+    assert all(re.search(r"frequency.*\.(rate|low|which)\.", n) for n in silent), silent
+    model.save(tmp_path / "m.safetensors")
+    assert torch.equal(SIPL.load(tmp_path / "m.safetensors").refine(x), model.refine(x))
 
 
 class Largest(TorchDispatchMode):
@@ -242,7 +270,7 @@ def test_restore_rounds_what_refine_gives(model, photo):
 
 def test_restore_of_an_identity_network_changes_nothing(photo):
     model = tiny()
-    torch.nn.init.zeros_(model.output.weight)
+    torch.nn.init.zeros_(model.decoder.output.weight)
     deep = np.arange(60 * 70, dtype=np.uint16).reshape(60, 70) * 15
     assert np.array_equal(model.restore(photo), photo)
     assert np.array_equal(model.restore(deep), deep)
@@ -269,7 +297,7 @@ def test_a_failed_save_leaves_the_old_file(model, tmp_path, monkeypatch):
         name.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sipl_min.sipl.save_file", full)
+    monkeypatch.setattr("sipl_min.weights.save_file", full)
     with pytest.raises(InputError, match="No space left"):
         model.save(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
@@ -290,7 +318,7 @@ def test_bad_weights_get_one_sentence(model, tmp_path):
     cases += [(lambda: bad.write_text("hello, I am no model at all"), "not a whole safetensors")]
     cases += [(lambda: save_file(tensors, bad), "not written by model.save")]
     cases += [(lambda: write_changed(version=2), "has file version 2")]
-    cases += [(lambda: write_changed(drop="embed.weight"), "does not match .* embed.weight")]
+    cases += [(lambda: write_changed(drop="encoder.embed.weight"), "does not match .* encoder.embed.weight")]
     cases += [(lambda: write_changed({**vars(model.settings), "dim": 16}), "does not match")]
     cases += [(lambda: write_changed({**vars(model.settings), "depth": 3}), "unknown setting 'depth'")]
     cases += [(lambda: save_file(tensors, bad, {"sipl_min": "{"}), "damaged header")]
@@ -334,8 +362,9 @@ def test_bad_settings_are_named(arguments, message):
         (lambda m: m(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), "x is torch.uint8"),
         (lambda m: m(rand(1, 3, 8, 8).double()), "x is torch.float64"),
         (lambda m: m(rand(1, 3, 8, 8) * torch.nan), "x holds NaN"),
-        (lambda m: m(rand(1, 3, 8, 8), m.privileged(rand(1, 3, 8, 8))[:2]), "privileged must be three"),
-        (lambda m: m(rand(1, 3, 8, 8), 5), "privileged must be three"),
+        (lambda m: m(rand(1, 3, 8, 8), m.privileged(rand(1, 3, 8, 8))[:2]), "privileged must be 3 features"),
+        (lambda m: m(rand(1, 3, 8, 8), 5), "privileged must be 3 features"),
+        (lambda m: m(rand(2, 3, 8, 8), m.privileged(rand(3, 3, 8, 8))), r"C = \[16, 32, 64\], B = 2 as in x or 1"),
         (lambda m: m.privileged(rand(1, 1, 8, 8)), "image must be a tensor"),
         (lambda m: m.refine(rand(1, 3, 8, 8) * 255), r"x must hold values in \[0, 1\]"),
         (lambda m: m.refine(rand(1, 3, 8, 8) * torch.nan), "NaN"),

@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from conftest import tiny
 
@@ -118,6 +119,10 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
         (dict(steps=0), "steps=0 must be a positive"),
         (dict(size=20), "size=20 must be a positive whole number, a multiple of 8"),
         (dict(count=1.5), "count=1.5"),
+        (dict(save_every=0), "save_every=0 must be a positive whole number"),
+        (dict(seed=-1), "seed=-1 must be a whole number >= 0"),
+        (dict(peak=-1.0), "peak=-1.0 must be a positive number"),
+        (dict(peak=float("nan")), "peak=nan must be a positive number"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -133,6 +138,10 @@ def test_bad_folders_of_photos(tmp_path):
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(InputError, match="cannot read '.*a.png'"):
         train.fit(tiny(), tmp_path)
+    (tmp_path / "a.png").unlink()
+    tifffile.imwrite(tmp_path / "bright.tif", np.full((9, 9, 3), 7, np.float32), photometric="rgb")
+    with pytest.raises(InputError, match="bright.tif' cannot be used: a float photo must hold values"):
+        train.fit(tiny(), tmp_path)
     with pytest.raises(InputError, match="no images given"):
         train.fit(tiny(), [])
 
@@ -147,6 +156,9 @@ def test_bad_checkpoints(tmp_path):
     run(tmp_path)
     with pytest.raises(InputError, match="belongs to another run .seed=0, now 3"):
         run(tmp_path, seed=3)
+    with pytest.raises(InputError, match="belongs to another run .its 3 images are not the 3 given now"):
+        train.fit(tiny(), [image + 1 for image in FLAT], folder=tmp_path, steps=8, count=2, size=16, warmup=2,
+                  setting="three_task", progress=False)  # fmt: skip
     path = tmp_path / "checkpoint.pt"
     whole = path.read_bytes()
     for content in (b"", whole[:100], whole[: len(whole) // 2], b"cos\nsystem\n(S'false'\ntR."):

@@ -1,0 +1,196 @@
+"""SIPL around a network of somebody else: the same mathematics, the network untouched, clear words where it fails."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import TINY, tiny
+
+from sipl_min import SIPL, InputError, train
+
+NAMES = dict(encoder=["enc2", "enc3"], decoder=["dec2", "enc3"])
+
+
+class UNet(nn.Module):
+    """What a stranger may write: batch norm, in-place activations, a module used twice, one that returns a pair."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.enc1, self.enc2 = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 2 * width, 3, 2, 1)
+        self.enc3 = nn.Sequential(nn.Conv2d(2 * width, 3 * width, 3, 2, 1), nn.BatchNorm2d(3 * width))
+        self.dec2 = nn.Conv2d(3 * width, 2 * width, 3, padding=1)
+        self.dec1 = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.end, self.relu = nn.Conv2d(width, 3, 3, padding=1), nn.ReLU(inplace=True)
+        self.pair, self.unused, self.flat = Pair(), nn.Conv2d(3, 3, 1), nn.Flatten()
+
+    def forward(self, x):
+        a = self.relu(self.enc1(x))
+        b = self.relu(self.enc2(a))
+        c = self.relu(self.enc3(b))
+        self.flat(self.pair(c)[0])
+        b = self.relu(self.dec2(F.interpolate(c, scale_factor=2.0))) + b
+        return self.end(self.dec1(F.interpolate(b, scale_factor=2.0)) + a) + x
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def wrapped(**settings):
+    torch.manual_seed(0)
+    net = UNet()
+    model = SIPL.wrap(net, example=torch.rand(1, 3, 16, 24), **{**NAMES, **settings})
+    return net, model.eval()
+
+
+@torch.no_grad()
+def test_wrapping_our_own_backbone_gives_our_own_model():
+    """The hooks and the built-in decoder are two ways to the same numbers."""
+    for backbone in ("promptir", "nafnet", "adair"):
+        model = tiny(backbone=backbone)
+        net = SIPL("nano", **TINY, backbone=backbone, fusion=False).eval()
+        net.encoder, net.decoder = copy.deepcopy(model.encoder), copy.deepcopy(model.decoder)
+        levels = [f"encoder.levels.{i}" for i in (1, 2, 3)]
+        fused = ["decoder.levels.1", "decoder.levels.2", "encoder.levels.3"]
+        if backbone == "nafnet":
+            fused = [f"decoder.levels.{i}" for i in (0, 1, 2)]  # named in the order in which they run
+        other = SIPL.wrap(net, levels, fused, torch.rand(1, 3, 16, 16), dictionary_size=(6, 4, 2),
+                          read_heads=(1, 2, 1), write_heads=(1, 2, 4), multiple=16).eval()  # fmt: skip
+        other.fusion.load_state_dict(model.fusion.state_dict())
+        x = torch.rand(2, 3, 16, 32)
+        for feedback in ("privilege", "chain"):
+            for a, b in zip(*(m.refine(x, 2, feedback, return_all=True) for m in (model, other))):
+                assert torch.allclose(a, b, rtol=0, atol=1e-5 * float(a.abs().max())), (backbone, feedback)
+
+
+@torch.no_grad()
+def test_the_network_stays_as_it_was():
+    torch.manual_seed(0)
+    net = UNet()
+    net.enc2.eval()
+    x = torch.rand(2, 3, 16, 24)
+    before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
+    model = SIPL.wrap(net, example=x, **NAMES)
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items()), "no running statistic has moved"
+    assert modes == [m.training for m in net.modules()]
+    expected = net.eval()(x)
+    model.eval().refine(x, 2)
+    assert torch.equal(net(x), expected)
+    assert not any(m._forward_hooks for m in net.modules())
+    assert not torch.allclose(model(x), expected)
+    same = SIPL.wrap(net, example=x, identity_start=True, **NAMES).eval()
+    assert torch.allclose(same(x), expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_features_are_what_the_module_put_out():
+    net, model = wrapped()
+    x = torch.rand(1, 3, 16, 24)
+    first, second = model.privileged(x)
+    assert torch.equal(first, net.enc2(F.relu(net.enc1(x)))), "before the in-place activation behind it"
+    assert second.shape == (1, 24, 4, 6) and model.fusion[1].dictionary.shape == (1, 24, 8, 8)
+    assert model.fusion[0].dictionary.shape == (1, 16, 16, 16)
+
+
+@pytest.mark.parametrize("h, w", [(1, 1), (7, 5), (16, 24), (19, 30)])
+def test_any_size_comes_back(h, w):
+    _, model = wrapped(multiple=4)
+    x = torch.rand(2, 3, h, w)
+    assert model(x).shape == model.refine(x, 1, "chain").shape == x.shape
+    assert model.restore(x[0].permute(1, 2, 0).numpy()).shape == (h, w, 3)
+
+
+def test_names_may_come_in_any_order_and_widths_may_differ():
+    """enc3 has 24 channels, dec1 8 at another resolution: pairs stay as given; dec2 and enc2 find each other."""
+    x = torch.rand(1, 3, 16, 24)
+    model = SIPL.wrap(UNet(), ["enc3", "enc2"], ["dec2", "enc3"], x)
+    assert model.settings.decoder == ("enc3", "dec2")
+    model = SIPL.wrap(UNet(), ["enc3"], ["dec1"], x)
+    assert model.settings.encoder_channels == (24,) and model.settings.decoder_channels == (8,)
+    assert model.refine(x, 1).shape == x.shape
+
+
+def test_gradients_reach_everything_and_spare_the_privilege():
+    _, model = wrapped()
+    x, y = torch.rand(2, 3, 16, 24), torch.rand(2, 3, 16, 24)
+    (train.authors(model.train(), x, y) - y).abs().mean().backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert silent == ["net.unused.weight", "net.unused.bias"]
+
+
+def test_fit_save_load_and_resume(tmp_path):
+    images = [torch.randint(0, 255, (40, 40, 3), dtype=torch.uint8).numpy()]
+    options = dict(steps=4, count=2, size=16, progress=False, save_every=2)
+    _, model = wrapped()
+    log = train.fit(model, images, folder=tmp_path, **options)
+    _, again = wrapped()
+    assert train.fit(again, images, folder=tmp_path, **options) == log
+    net = UNet()
+    loaded = SIPL.load(tmp_path / "model.safetensors", net=net)
+    x = torch.rand(1, 3, 16, 24)
+    assert torch.equal(loaded.refine(x, 1), model.refine(x, 1)) and loaded.net is net
+    with pytest.raises(InputError, match="holds a network wrapped by SIPL.wrap: pass it"):
+        SIPL.load(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="saved around a network with a module 'enc2'"):
+        SIPL.load(tmp_path / "model.safetensors", net=nn.Conv2d(3, 3, 1))
+    with pytest.raises(InputError, match="pass the network that it was saved around"):
+        SIPL.load(tmp_path / "model.safetensors", net=UNet(width=4))
+
+
+def parallel(rank, folder, expected):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    _, model = wrapped()
+    x, y = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)).chunk(2)
+    privileged = model.privileged(y)  # the images of the two processes differ, their gradients are averaged
+    ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    sign = 1.0 if rank == 0 else 2.0
+    (ddp(x, [p.detach() for p in privileged]) * sign).mean().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert all(torch.allclose(g, expected[n], atol=1e-6) for n, g in grads.items()) and len(grads) > 40
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_average_their_gradients(tmp_path):
+    total = {}
+    for sign in (1.0, 2.0):
+        _, model = wrapped()
+        x, y = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)).chunk(2)
+        privileged = [p.detach() for p in model.privileged(y)]
+        (model(x, privileged) * sign).mean().backward()
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                total[n] = total.get(n, 0) + p.grad / 2
+    torch.multiprocessing.spawn(parallel, (str(tmp_path), total), nprocs=2)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(encoder=["enc2", "enk3"]), "no module 'enk3': did you mean 'enc3'"),
+        (dict(decoder=["qqqq", "dec1"]), "no module 'qqqq': its modules are enc1, enc2"),
+        (dict(encoder=["pair", "enc2"]), "module 'pair' puts out a tuple, not a 4-D tensor"),
+        (dict(encoder=["flat", "enc2"]), r"module 'flat' puts out \(1, 576\), not a 4-D tensor"),
+        (dict(encoder=["relu", "enc2"]), "module 'relu' runs 4 times in one pass"),
+        (dict(encoder=["unused", "enc2"]), "module 'unused' runs 0 times"),
+        (dict(encoder=["dec1", "dec2"], decoder=["enc1", "enc2"]), "'enc1' runs before encoder module 'dec1'"),
+        (dict(encoder=["enc1"]), "equally many different modules"),
+        (dict(encoder=[], decoder=[]), "equally many different modules"),
+        (dict(encoder=["enc2", "enc2"]), "equally many different modules"),
+        (dict(read_heads=(3, 3)), r"read_heads=\(3, 3\) does not divide"),
+        (dict(dictionary_size=(3,)), r"dictionary_size=\(3,\) must be 2 positive whole numbers"),
+        (dict(dictionary=3), "unknown setting of a wrapped network"),
+        (dict(example=torch.rand(3, 8, 8)), "example must be a tensor"),
+    ],
+)
+def test_what_cannot_work_is_named(change, message):
+    with pytest.raises(InputError, match=message):
+        SIPL.wrap(UNet(), **{**NAMES, "example": torch.rand(1, 3, 16, 24), **change})
+
+
+def test_a_network_that_changes_the_size_is_refused():
+    with pytest.raises(InputError, match="the network must map"):
+        SIPL.wrap(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)), ["0"], ["1"], torch.rand(1, 3, 8, 8))
