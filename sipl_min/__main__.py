@@ -1,16 +1,16 @@
 """The command line: python -m sipl_min demo | train | restore | benchmark."""
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import benchmark, data, show, train
+from . import benchmark, data, show, speed, train
 from .degrade import COLUMNS, SETTINGS, check_setting
-from .files import InputError, asset, check_writable, find_photos, read, write
+from .files import InputError, asset, check_photo, check_writable, find_photos, read, write
+from .restore import choose_window
 from .settings import PRESETS
 from .sipl import SIPL
 
@@ -43,6 +43,9 @@ def main(arguments=None):
         choices=["privilege", "chain"],
         help="what is fed back: the privilege (the paper's equations) or the image (the released code)",
     )
+    c.add_argument("--tile", type=int, default=None, help="restore in windows of so many pixels a side, 0: never "
+                   "(default: as large as memory allows)")  # fmt: skip
+    c.add_argument("--overlap", type=int, default=64, help="pixels that windows share (default: %(default)s)")
     c.add_argument("--force", action="store_true", help="overwrite files that exist")
     c.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
 
@@ -59,11 +62,19 @@ def main(arguments=None):
     c.add_argument("--peak", type=float, default=1e-3, help="highest learning rate (default: %(default)s)")
     c.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
 
-    c = command("benchmark", run_benchmark, "PSNR and SSIM on each column of a setting, the published table beside.")
-    c.add_argument("setting", help=f"{', '.join(SETTINGS)}, or all")
+    c = command("benchmark", run_benchmark, "PSNR and SSIM on each column of a setting, the published table beside; "
+                "or, as setting, speed: time and memory against the naive path, in one run.")  # fmt: skip
+    c.add_argument("setting", help=f"{', '.join(SETTINGS)}, all, or speed")
     weights(c)
     c.add_argument("--output", default=None, help="a CSV file with one line per column, photo and estimate")
     c.add_argument("--seed", type=int, default=0, help="of the degradations (default: %(default)s)")
+    speed_options = c.add_argument_group("for speed only")
+    speed_options.add_argument("--presets", nargs="+", default=["nano", "small"], help="(default: nano small)")
+    speed_options.add_argument("--sizes", nargs="+", type=int, default=[128, 256, 512], help="pixels a side")
+    speed_options.add_argument(
+        "--T", nargs="+", type=refinements, default=[0, 1, 2], help="steps, or train: a training step"
+    )
+    speed_options.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: %(default)s)")
     c.add_argument("--draws", type=int, default=1, help="how often each photo is degraded anew (default: %(default)s)")
 
     options = parser.parse_args(arguments)
@@ -75,6 +86,10 @@ def main(arguments=None):
     except KeyboardInterrupt as e:
         print(f"stopped{f': {e}' if str(e) else ''}", file=sys.stderr)
         return 130
+
+
+def refinements(text):
+    return text if text == "train" else int(text)
 
 
 def weights(c):
@@ -131,34 +146,62 @@ def restore(options):
     else:
         jobs = [(source, target / source.name if target.is_dir() else target)]
     model, failed = load(options), []
-    for path, place in tqdm(jobs, unit="photo", disable=len(jobs) == 1):
+    choose_window(model, 1, 8, 8, options.tile, options.overlap)  # bad values are named before any work
+    for group in tqdm(one_size(opened(jobs, options.force, failed)), unit="group", disable=len(jobs) == 1):
+        paths, places, photos = zip(*group)
         try:
-            if place.exists() and not options.force:
-                raise InputError(f"{str(place)!r} exists: pass --force to overwrite it, or another name")
-            photo = read(path)
-            check_writable(place, photo)
-            with enough_memory(path):
-                restored = model.restore(photo, options.steps, options.feedback)
-            write(place, restored)
-        except InputError as e:
-            if len(jobs) == 1:
+            restored = model.restore(list(photos), options.steps, options.feedback, options.tile, options.overlap,
+                                     progress=len(group) == 1)  # fmt: skip
+        except (InputError, MemoryError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and "memory" not in str(e):
                 raise
-            failed.append(str(e))
+            failed += [named(path, e) for path in paths]
+            continue
+        for path, place, photo in zip(paths, places, restored):
+            try:
+                write(place, photo)
+            except InputError as e:
+                failed.append(named(path, e))
+    if failed and len(jobs) == 1:
+        raise InputError(failed[0])
     print(f"restored {len(jobs) - len(failed)} of {len(jobs)} photos, in {str(target)!r}")
     for line in failed:
         print(f"error: {line}", file=sys.stderr)
     return 1 if failed else 0
 
 
-@contextlib.contextmanager
-def enough_memory(path):
-    """Turns the end of memory, for which torch raises a RuntimeError, into one sentence about the photo."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise
-        raise InputError(f"not enough memory to restore {str(path)!r}: shrink or cut it first") from e
+def opened(jobs, force, failed):
+    """The photos of jobs (path, place), read one by one; why one cannot be done is added to `failed`."""
+    for path, place in jobs:
+        try:
+            if place.exists() and not force:
+                raise InputError(f"{str(place)!r} exists: pass --force to overwrite it, or another name")
+            photo = read(path)
+            check_photo(photo)
+            check_writable(place, photo)
+        except InputError as e:
+            failed.append(named(path, e))
+        else:
+            yield path, place, photo
+
+
+def one_size(photos, pixels=2**18):
+    """Groups of (path, place, photo) that fit into one batch: photos of one size, up to so many pixels together."""
+    waiting = {}
+    for item in photos:
+        size = item[2].shape[:2]
+        waiting.setdefault(size, []).append(item)
+        if len(waiting[size]) * size[0] * size[1] >= pixels:
+            yield waiting.pop(size)
+        while sum(len(group) * h * w for (h, w), group in waiting.items()) > 16 * pixels:
+            yield waiting.pop(next(iter(waiting)))  # sizes of which few come must not pile up
+    yield from waiting.values()
+
+
+def named(path, e):
+    if not isinstance(e, InputError):  # torch has no type of its own for the end of memory on a CPU
+        return f"not enough memory to restore {str(path)!r}: pass a smaller --tile"
+    return str(e) if repr(str(path)) in str(e) or repr(path.name)[1:-1] in str(e) else f"{str(path)!r}: {e}"
 
 
 def train_model(options):
@@ -170,7 +213,24 @@ def train_model(options):
     print(f"weights: {Path(options.folder) / 'model.safetensors'}")
 
 
+def run_speed(options):
+    show.without_screen()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = speed.measure(options.presets, options.sizes, options.T, options.repeats, device)
+    print(speed.table(rows))
+    print(f"medians of {options.repeats} alternating runs on {device}; memory: peak above the weights, each in its own "
+          f"process;\na large matrix product reaches {speed.matrix_rate(device):.0f} GFLOP/s here; differ: "
+          "max |ours - naive| / max |naive|")  # fmt: skip
+    if options.output:
+        path = Path(options.output)
+        benchmark.write_csv(rows, path.with_suffix(".csv"))
+        speed.draw(rows, path.with_suffix(".png"))
+        print(f"table: {path.with_suffix('.csv')}, figure: {path.with_suffix('.png')}")
+
+
 def run_benchmark(options):
+    if options.setting == "speed":
+        return run_speed(options)
     settings = list(SETTINGS) if options.setting == "all" else [options.setting]
     model, rows = load(options), []
     for setting in settings:

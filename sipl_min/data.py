@@ -11,7 +11,7 @@ import torch
 
 from .degrade import COLUMNS, check_setting, degrade, generator
 from .files import InputError, check_header, find_photos, read, to_tensor
-from .sipl import mirror
+from .tiles import mirror
 
 # Photographs that come inside the installed scikit-image and Matplotlib. The two lists never meet.
 TRAINING = ["astronaut.png", "coffee.png", "motorcycle_left.png", "motorcycle_right.png", "rocket.jpg", "brick.png",

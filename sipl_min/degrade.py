@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .files import InputError
-from .sipl import mirror
+from .tiles import mirror
 
 
 def generator(seed, device="cpu"):

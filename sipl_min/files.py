@@ -95,10 +95,18 @@ def to_tensor(image):
     return x.permute(2, 0, 1)[None].expand(-1, 3, -1, -1).contiguous()
 
 
+def batch_of(images):
+    """Photos of one H x W -> (B, 3, H, W). Raises InputError where there is none, or their sizes differ."""
+    tensors = [to_tensor(image) for image in images]
+    if len({t.shape for t in tensors}) != 1:
+        raise InputError(f"a batch needs photos of one size, not {sorted({i.shape[:2] for i in images}) or 'none'}")
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
 def from_tensor(x, like):
     """(1, 3, H, W) -> a photo of the shape, dtype and alpha of the photo `like`; clamped, rounded to nearest."""
     colour, alpha = split_alpha(like)
-    y = x[0].detach().double().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    y = x[0].detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
     y = y.mean(2, keepdims=True) if colour.shape[2] == 1 else y
     y = np.rint(y * np.iinfo(like.dtype).max) if like.dtype.kind == "u" else y
     return np.concatenate([y.astype(like.dtype), alpha], axis=2).reshape(like.shape)

@@ -1,15 +1,16 @@
 """Weights published under other names: PromptIR, Restormer, AdaIR and NAFNet, and SIPL on PromptIR and on AdaIR."""
 
-import pickle
+import os
 import re
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .files import InputError
+from .settings import Settings
 from .sipl import SIPL
 
 # Our name -> the published one: rules applied in this order; in a replacement, {1} is the number found plus one.
@@ -75,8 +76,18 @@ RULES_NAFNET = [
     (r"\.ffn_inner\.", ".conv4."),
     (r"\.ffn_out\.", ".conv5."),
 ]
-# In the releases of PromptIR and AdaIR, connected to nothing.
-UNUSED = re.compile(r"^((chnl_reduce|reduce_noise_channel_)\d|fre\d\.(conv|score_gen))\.")
+# In the releases of these families, connected to nothing.
+UNUSED = {
+    "PromptIR": r"^(chnl_reduce|reduce_noise_channel_)\d\.",
+    "AdaIR": r"^(chnl_reduce\d|fre\d\.(conv|score_gen))\.",
+}
+# Names that only one family has; the first that fits tells.
+MARKS = {
+    "NAFNet": r"^(intro|ending|encoders|middle_blks)\.",
+    "AdaIR": r"^fre\d\.",
+    "PromptIR": r"^(prompt|noise_level)\d\.",
+    "Restormer": r"^(patch_embed|encoder_level\d|latent)\.",
+}
 
 
 def from_published(source):
@@ -89,28 +100,42 @@ def from_published(source):
     Raises InputError where the file is damaged, the family unknown, or names are missing or left over.
     """
     weights = unwrap(source if isinstance(source, dict) else read(source))
-    weights = {name: t for name, t in weights.items() if not UNUSED.match(name)}
-    backbone, family = recognise(weights)
+    family, sipl = recognise(weights)
+    backbone, looks = family.lower(), f"these look like weights of {'SIPL + ' * sipl}{family}, but"
+    if family in UNUSED:
+        weights = {name: t for name, t in weights.items() if not re.match(UNUSED[family], name)}
     try:
-        model = SIPL("paper", backbone=backbone, **(infer_nafnet if backbone == "nafnet" else infer)(weights))
-    except (KeyError, IndexError, ZeroDivisionError) as e:
-        raise InputError(f"these look like weights of {family}, but {e.args[0]} is missing") from e
-    names = {published_name(name, backbone): name for name in model.state_dict()}
-    missing, extra = sorted(set(names) - set(weights)), sorted(set(weights) - set(names))
+        model = SIPL("paper", **(infer_nafnet(weights) if family == "NAFNet" else infer(weights, family, sipl)))
+    except KeyError as e:
+        raise InputError(f"{looks} {e.args[0]} is missing") from e
+    except InputError as e:
+        raise InputError(f"{looks} {e}") from e
+    except (IndexError, ZeroDivisionError, ValueError) as e:
+        raise InputError(f"{looks} their shapes do not fit together: is the file damaged, or changed?") from e
     own = model.state_dict()
-    wrong = sorted(n for n in set(names) & set(weights) if weights[n].shape != own[names[n]].shape)
-    for what, found in (("missing", missing), ("unexpected", extra), ("of another shape", wrong)):
-        if found:
-            number = "1 tensor is" if len(found) == 1 else f"{len(found)} tensors are"
-            raise InputError(f"these look like weights of {family}, but {number} {what}: "
-                             f"{', '.join(found[:3])}{', ...' if len(found) > 3 else ''}")  # fmt: skip
+    names = {published_name(name, backbone): name for name in own}
+    shapes = {name: own[names[name]].shape for name in names}
+    wrong = {"missing": {*names} - {*weights}, "unexpected": {*weights} - {*names},
+             "of another shape": {n for n in {*names} & {*weights} if weights[n].shape != shapes[n]}}  # fmt: skip
+    wrong = [f"{len(found)} tensor{'s are' if len(found) > 1 else ' is'} {what}: {', '.join(sorted(found)[:3])}"
+             + ", ..." * (len(found) > 3) for what, found in wrong.items() if found]  # fmt: skip
+    if wrong:
+        raise InputError(f"{looks} {'; '.join(wrong)}")
     model.load_state_dict({ours: weights[name] for name, ours in names.items()})
     return model.eval()
 
 
 def from_backbone(source, identity_start=False, **overrides):
-    """See `SIPL.from_backbone`."""
+    """Weights of a plain backbone with new Proxy Fusion around them, ready to fine-tune.
+
+    Args:
+        source: what `from_published` takes, or a `SIPL`, of which encoder and decoder are copied.
+        identity_start: True makes the untrained first pass equal the backbone's output, to rounding.
+        overrides: the other settings of Proxy Fusion: dictionary_size, dictionary_std, read_heads, write_heads.
+    """
     plain = source if isinstance(source, SIPL) else from_published(source)
+    if not isinstance(plain.settings, Settings):
+        raise InputError("this model is wrapped around a network already: load its file with SIPL.load(..., net=...)")
     for name in set(overrides) - {"dictionary_size", "dictionary_std", "read_heads", "write_heads"}:
         raise InputError(f"setting {name!r} is not one of Proxy Fusion, and the backbone is given: leave it out")
     settings = asdict(plain.settings) | dict(fusion=True, identity_start=identity_start) | overrides
@@ -121,36 +146,41 @@ def from_backbone(source, identity_start=False, **overrides):
 
 
 def recognise(weights):
-    """Backbone and name of the family, told by the names that only this family has."""
-    marks = {"intro.": "NAFNet", "fre1.": "AdaIR", "prompt1.": "PromptIR", "patch_embed.": "Restormer"}
-    for mark, family in marks.items():
-        if any(name.startswith(mark) for name in weights):
-            return family.lower(), "SIPL + " * ("privileged_dictionary1" in weights) + family
-    if "encoder.embed.weight" in weights:
+    """The family of a backbone, told by names that only this family has, and whether Proxy Fusion is around it."""
+    if any(name.startswith(("encoder.embed.", "fusion.")) for name in weights):
         raise InputError("these weights are this project's own, not published ones: read their file with SIPL.load")
+    for family, mark in MARKS.items():
+        if any(re.match(mark, name) for name in weights):
+            return family, any(re.match(r"privileged_dictionary|p\d_cross|cross_p\d", name) for name in weights)
     raise InputError(f"these weights are of no known family (names begin {', '.join(sorted(weights)[:3])}): "
                      "PromptIR, Restormer, AdaIR, NAFNet, SIPL + PromptIR and SIPL + AdaIR can be read")  # fmt: skip
 
 
 def read(path):
     """A checkpoint file as it is, without running code that may be in it."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"weights must be a state dict or the path of a file, not {type(path).__name__}")
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no weights at {str(path)!r}: check the path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as e:
-        reason = str(e).split("\n")[0]
-        raise InputError(f"{str(path)!r} holds no plain weights ({reason}): damaged, or a file that runs code?") from e
+        with torch.serialization.safe_globals([Namespace]):  # arguments, as training scripts like to keep them
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # damaged pickles raise anything
+        blocked = re.search(r"GLOBAL ([\w.]+)", str(e))
+        raise InputError(f"{str(path)!r} holds no plain weights (" + (
+            f"it wants to call {blocked[1]}, which is not done here): save its state dict alone" if blocked
+            else f"{type(e).__name__}): is it damaged, or of another kind?")) from e  # fmt: skip
 
 
 def unwrap(weights):
     """Take off what training frameworks put around a state dict."""
     for key in ("state_dict", "params_ema", "params"):
-        if isinstance(weights.get(key), dict):
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
+    weights = weights if isinstance(weights, dict) else {}
     weights = {str(name): t for name, t in weights.items() if isinstance(t, torch.Tensor)}
     for prefix in ("module.", "net.", "module."):
         if weights and all(name.startswith(prefix) for name in weights):
@@ -172,30 +202,31 @@ def published_name(name, backbone="promptir"):
 
 def count(weights, part):
     """How many blocks `part.0`, `part.1`, ... there are."""
-    numbers = [int(m[1]) for n in weights if (m := re.match(rf"{re.escape(part)}\.(\d+)\.", n))]
-    if not numbers:
-        raise KeyError(f"{part}.0")
-    return 1 + max(numbers)
+    numbers = {int(m[1]) for n in weights if (m := re.match(rf"{re.escape(part)}\.(\d+)\.", n))}
+    for i in range(len(numbers) or 1):
+        if i not in numbers:
+            raise KeyError(f"{part}.{i}")
+    return len(numbers)
 
 
-def infer(weights):
+def infer(weights, family, sipl):
     """The settings that the shapes of published names imply, for Restormer and what was made of it."""
 
     def heads(part):
         return weights[f"{part}.temperature"].shape[0]
 
     levels = ["encoder_level1", "encoder_level2", "encoder_level3", "latent"]
-    found = dict(blocks=tuple(count(weights, part) for part in levels), refinement=count(weights, "refinement"))
+    found = dict(backbone=family.lower(), fusion=sipl, refinement=count(weights, "refinement"))
+    found["blocks"] = tuple(count(weights, part) for part in levels)
     found["dim"] = weights["patch_embed.proj.weight"].shape[0]
     found["heads"] = tuple(heads(f"{part}.0.attn") for part in levels)
     found["expansion"] = expansion([(t.shape[1], t.shape[0] // 2) for n, t in weights.items()
                                     if n.endswith("ffn.project_in.weight") and "cross" not in n])  # fmt: skip
     scales = (1, 2, 3)
-    if "prompt1.prompt_param" in weights:
+    if family == "PromptIR":
         shapes = [weights[f"prompt{i}.prompt_param"].shape for i in scales]
         found |= dict(prompt_channels=tuple(s[2] for s in shapes), prompt_size=tuple(s[3] for s in shapes))
-    found["fusion"] = "privileged_dictionary1" in weights
-    if found["fusion"]:
+    if sipl:
         found["dictionary_size"] = tuple(weights[f"privileged_dictionary{i}"].shape[-1] for i in scales)
         found["read_heads"] = tuple(heads(f"p{i}_cross.attn") for i in scales)
         found["write_heads"] = tuple(heads(f"cross_p{i}.attn") for i in scales)
@@ -204,8 +235,9 @@ def infer(weights):
 
 def infer_nafnet(weights):
     if "ups.4.0.weight" in weights or "ups.3.0.weight" not in weights:
-        raise InputError("these look like weights of NAFNet, but not with the four levels that it was published with")
-    return dict(dim=weights["intro.weight"].shape[0], middle=count(weights, "middle_blks"), fusion=False,
+        raise InputError("not with the four levels that it was published with: only those can be read")
+    return dict(backbone="nafnet", fusion=False, dim=weights["intro.weight"].shape[0],
+                middle=count(weights, "middle_blks"),
                 blocks=tuple(count(weights, f"encoders.{i}") for i in range(4)),
                 decoder_blocks=tuple(count(weights, f"decoders.{i}") for i in range(4)))  # fmt: skip
 
@@ -217,4 +249,4 @@ def expansion(widths):
         e = round((low + high) / 2, digits)
         if all(int(dim * e) == hidden for dim, hidden in widths):
             return e
-    raise InputError("the feed-forward layers of these weights have no common expansion")
+    raise InputError("their feed-forward layers have no common expansion: is the file changed?")

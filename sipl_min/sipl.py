@@ -7,14 +7,15 @@ with prompts in the decoder. Method: Wu, Jiang, Jiang & Liu 2025, arXiv 2505.242
 Shapes in the comments: B images, C channels, H x W pixels, d = `Settings.dim`.
 """
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from . import weights
-from .files import InputError, check_batch, check_range, from_tensor, to_tensor
+from .files import InputError, check_batch, check_range
+from .restore import restore
 from .settings import choose
+from .tiles import add, local, pad, tiles
 
 # ---------------------------------------------------------------------------------------------- backbone blocks
 
@@ -46,19 +47,38 @@ def project(dim, out):
 
 
 class ChannelAttention(nn.Module):
-    """Restormer's MDTA: a head attends between its C/h channels, so the cost is linear in the number of pixels."""
+    """Restormer's MDTA: a head attends between its C/h channels, so the cost is linear in the number of pixels.
+
+    q.k of unit vectors over the pixels is a sum over pixels divided by two lengths, so it can be gathered tile by tile;
+    and W (A v) = (W A) v, so that attention and the 1x1 behind it are one small matrix for each image.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads, self.temperature = heads, nn.Parameter(torch.ones(heads, 1, 1))
         self.qkv, self.out = project(dim, 3 * dim), conv1(dim, dim)
 
-    def forward(self, x):  # (B, C, H, W)
-        b, c, h, w = x.shape
-        q, k, v = self.qkv(x).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)  # unit vectors over the pixels
-        attention = (q @ k.transpose(-2, -1) * self.temperature).softmax(-1)  # (B, heads, C/heads, C/heads)
-        return self.out((attention @ v).reshape(b, c, h, w))
+    def forward(self, x, norm):  # (B, C, H, W) -> x + attention(norm(x))
+        b, c = x.shape[:2]
+        dots, squares, values = 0, 0, []
+        for place, tile, inner in tiles(x, 3 * c):
+            qk, v = self.qkv(norm(tile))[inner].permute(0, 2, 3, 1).split((2 * c, c), -1)  # (B, h, w, 2C), (B, h, w, C)
+            qk = qk.reshape(b, -1, 2, self.heads, c // self.heads)
+            q, k = qk.transpose(1, 3).unbind(2)  # (B, heads, h*w, C/heads)
+            dots = dots + q.mT @ k  # (B, heads, C/heads, C/heads)
+            squares = squares + qk.square().sum(1)  # (B, 2, heads, C/heads)
+            values.append((place, v if tile.shape == x.shape else v.clone()))  # a clone lets go of q and k
+        q, k = squares.sqrt().clamp(min=1e-12).unbind(1)  # the lengths
+        attention = (dots / (q[..., :, None] * k[..., None, :]) * self.temperature).softmax(-1)
+        weight = self.out.weight.view(c, self.heads, c // self.heads).transpose(0, 1)  # (heads, C, C/heads)
+        mix = (weight @ attention).transpose(1, 2).reshape(b, c, c)
+
+        def mixed():
+            while values:
+                place, v = values.pop()
+                yield place, (v.flatten(1, 2) @ mix.mT).view(v.shape).permute(0, 3, 1, 2)  # (B, C, h, w)
+
+        return add(x, mixed())
 
 
 class FeedForward(nn.Module):
@@ -67,11 +87,12 @@ class FeedForward(nn.Module):
     def __init__(self, dim, expansion, dual=False):
         super().__init__()
         hidden = int(dim * expansion)
-        self.dual, self.inner, self.out = dual, project(dim, 2 * hidden), conv1(hidden, dim)
+        self.dual, self.wide = dual, 2 * hidden
+        self.inner, self.out = project(dim, 2 * hidden), conv1(hidden, dim)
 
-    def forward(self, x):
-        a, b = self.inner(x).chunk(2, dim=1)
-        return self.out(F.gelu(a) * b + F.gelu(b) * a if self.dual else F.gelu(a) * b)
+    def forward(self, x, norm):  # (B, C, H, W) -> x + feed-forward(norm(x))
+        a, b = self.inner(norm(x)).chunk(2, dim=1)  # (B, hidden, H, W) each, much wider than x
+        return x + self.out(F.gelu(a) * b + F.gelu(b) * a if self.dual else F.gelu(a) * b)
 
 
 class Block(nn.Module):
@@ -83,8 +104,8 @@ class Block(nn.Module):
         self.norm2, self.ffn = ChannelNorm(dim), FeedForward(dim, expansion)
 
     def forward(self, x):
-        x = x + self.attention(self.norm1(x))
-        return x + self.ffn(self.norm2(x))
+        x = self.attention(x, self.norm1)
+        return local(lambda tile: self.ffn(tile, self.norm2), x, self.ffn.wide)
 
 
 class Prompt(nn.Module):
@@ -124,25 +145,33 @@ class CrossAttention(nn.Module):
         if identity:
             nn.init.zeros_(self.out.weight), nn.init.zeros_(self.ffn.out.weight)
 
-    def tokens(self, x, batch):  # (B or 1, C, H, W) -> (B, heads, H*W, C/heads)
-        n, c, h, w = x.shape
-        x = x.reshape(n, self.heads, c // self.heads, h * w).transpose(-2, -1)
-        return x.contiguous().expand(batch, -1, -1, -1)  # CUDA's fused kernels want the channels side by side
+    def tokens(self, x):  # (B or 1, C, H, W) -> (B or 1, heads, H*W, C/heads), last side by side
+        return x.permute(0, 2, 3, 1).contiguous().view(len(x), -1, self.heads, x.shape[1] // self.heads).transpose(1, 2)
 
-    def attend(self, query, context):
-        """Unit queries (already times temperature), unit keys, values: each (B, heads, tokens, C/heads)."""
+    def queries(self, query):
+        """Unit vectors times temperature, (B, heads, H*W, C/heads), from the normalised query (B, C, H, W)."""
+        return F.normalize(self.tokens(self.q(query)), dim=-1) * self.temperature
+
+    def keys(self, context):
+        """Unit keys, and values, (B, heads, h*w, C/heads) each, from the context (B, source, h, w)."""
+        kv = local(lambda tile: self.kv(self.norm_context(tile)), context, 2 * context.shape[1] + self.ffn.wide)
+        k, v = map(self.tokens, kv.chunk(2, dim=1))
+        return F.normalize(k, dim=-1), v
+
+    def forward(self, query, context):  # (B, C, H, W) and (B, source, h, w) -> (B, C, H, W)
+        k, v = self.keys(context)
         batch = max(len(query), len(context))  # the dictionary has no batch: it is the same for every image
-        k, v = self.kv(context).chunk(2, dim=1)
-        q, k, v = (self.tokens(t, batch) for t in (self.q(query), k, v))
-        return F.normalize(q, dim=-1) * self.temperature, F.normalize(k, dim=-1), v
+        query, k, v = (t.expand(batch, -1, -1, -1) for t in (query, k, v))
 
-    def forward(self, query, context):  # (B, C, H, W) and (B, C, h, w) -> (B, C, H, W)
-        residual, query, context = query, self.norm_query(query), self.norm_context(context)
-        q, k, v = self.attend(query, context)
-        # softmax(q k^T) v without the (H*W) x (h*w) matrix ever existing; no 1/sqrt(C), so scale=1
-        z = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        z = (residual if self.identity else query) + self.out(z.transpose(-2, -1).reshape(len(q), *query.shape[1:]))
-        return z + self.ffn(self.norm_ffn(z))
+        def answer(tile):  # each pixel asks for itself, but for two 3x3 convolutions, one behind the other
+            normed = self.norm_query(tile)
+            # softmax(q k^T) v without the (H*W) x (h*w) matrix ever existing; no 1/sqrt(C), so scale=1
+            z = F.scaled_dot_product_attention(self.queries(normed), k, v, scale=1.0).transpose(1, 2)
+            z = self.out(z.reshape(batch, *tile.shape[2:], -1).permute(0, 3, 1, 2))
+            z = (tile if self.identity else normed) + z
+            return self.ffn(z, self.norm_ffn)
+
+        return local(answer, query, self.ffn.wide, halo=2)
 
 
 class ProxyFusion(nn.Module):
@@ -160,18 +189,6 @@ class ProxyFusion(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ the network
-
-
-def mirror(x, axis, before, after):
-    """Reflect-pad one axis, as often as a tiny image needs (`F.pad` cannot pad by more than the image's own size)."""
-    n = x.shape[axis]
-    i = torch.arange(-before, n + after, device=x.device) % max(2 * n - 2, 1)
-    return x.index_select(axis, torch.minimum(i, (2 * n - 2 - i).abs())) if before or after else x
-
-
-def pad(x, multiple=8):
-    """(B, 3, H, W) with right and bottom mirrored up to the next multiples of 8, which three halvings need."""
-    return mirror(mirror(x, -2, 0, -x.shape[-2] % multiple), -1, 0, -x.shape[-1] % multiple)
 
 
 def level(dim, heads, count, expansion):
@@ -192,6 +209,7 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         """(B, 3, H, W) -> features at full, 1/2, 1/4, 1/8 resolution, (B, d, H, W) to (B, 8d, H/8, W/8)."""
+        x = x.contiguous(memory_format=torch.channels_last)  # what norms, 1x1 convolutions and attention like best
         features = [self.levels[0](self.embed(x))]
         for down, blocks in zip(self.down, self.levels[1:]):
             features.append(blocks(down(features[-1])))
@@ -224,8 +242,10 @@ class Decoder(nn.Module):
         for i in (2, 1, 0):
             h = self.adapt(i, fuse(i, h), x)
             h = torch.cat([self.up[i](h), skips[i]], 1)  # twice the size, half the channels, and the skip
-            h = self.levels[i](self.merge[i](h))
-        return self.output(self.refinement(h)) + x  # the network predicts the damage
+            h = self.merge[i](h)
+            for block in (*self.levels[i], *(self.refinement if i == 0 else ())):  # one by one: each frees its input
+                h = block(h)
+        return self.output(h) + x  # the network predicts the damage
 
 
 class SIPL(nn.Module):
@@ -249,36 +269,6 @@ class SIPL(nn.Module):
             args = zip(widths, s.dictionary_size, [s.dictionary_std] * 3, s.read_heads, s.write_heads)
             self.fusion = nn.ModuleList(ProxyFusion(*a, identity=s.identity_start) for a in args)
         self.decoder = decoder(s)
-
-    @classmethod
-    def from_backbone(cls, source, identity_start=False, **overrides):
-        """Weights of a plain backbone with new Proxy Fusion around them, ready to fine-tune.
-
-        Args:
-            source: what `from_published` takes, or a `SIPL`, of which encoder and decoder are copied.
-            identity_start: True makes the untrained first pass equal the backbone's output, to rounding.
-            overrides: the other settings of Proxy Fusion: dictionary_size, dictionary_std, read_heads, write_heads.
-        """
-        from .published import from_backbone
-
-        return from_backbone(source, identity_start, **overrides)
-
-    @staticmethod
-    def wrap(net, encoder, decoder, example, **settings):
-        """SIPL around any network: features are tapped, and fused, behind modules found by their names.
-
-        Args:
-            net: maps (B, 3, H, W) to the same shape. It is used, not copied, and stays usable by itself.
-            encoder: names (as in `net.named_modules()`) of the modules whose outputs are the privileged features.
-            decoder: as many names: behind each, Proxy Fusion writes. Pairs are made by resolution where possible.
-            example: an image tensor for one dry run, which tells channels and resolutions.
-            settings: dictionary_size, read_heads, write_heads (one number per scale), dictionary_std,
-                identity_start, multiple (what sides the network needs, default multiples of 8).
-        Raises InputError for names that do not exist, outputs that are no features, an order that cannot work.
-        """
-        from .wrap import wrap
-
-        return wrap(net, encoder, decoder, example, **settings)
 
     # ---- what the method asks of a backbone, on padded images; `wrap.py` answers it for any other network
 
@@ -369,19 +359,19 @@ class SIPL(nn.Module):
             estimates = [*estimates, y[..., :h, :w]] if return_all else [y[..., :h, :w]]
         return estimates if return_all else estimates[-1]
 
-    @torch.no_grad()
-    def restore(self, image, steps=None, feedback="privilege"):
+    def restore(self, image, steps=None, feedback="privilege", tile=None, overlap=64, progress=False):
         """A photo in, the same kind of photo out: any size; dtype, channels and alpha are kept.
 
         Args:
             image: NumPy array H x W, or H x W x C with C = 1 (gray), 2 (gray + alpha), 3 (RGB), 4 (RGB + alpha);
-                uint8, uint16, or floating point in [0, 1].
+                uint8, uint16, or floating point in [0, 1]. Or a list of photos of one H x W, restored as one batch.
             steps: refinement steps T (default 1; 0 for a plain backbone, which cannot refine).
-        Returns an array of the same shape and dtype. Raises InputError for anything else, or NaN.
+            tile: pixels a side of the windows in which a large photo is restored; 0 never cuts; default: as large as
+                half of the free memory allows, 4 GB of it at most on a CPU. Attention, prompts and dictionary see a
+                window, not the photo, so smaller ones change the result. overlap: pixels, blended. progress: a bar.
+        Returns an array of the same shape and dtype, or their list. Raises InputError for anything else, or NaN.
         """
-        image = np.asarray(image)
-        x = to_tensor(image).to(next(self.parameters()))  # the model's device and dtype
-        return from_tensor(self.refine(x, int(self.settings.fusion) if steps is None else steps, feedback), like=image)
+        return restore(self, image, steps, feedback, tile, overlap, progress)
 
     # ---- files
 
@@ -390,9 +380,10 @@ class SIPL(nn.Module):
         weights.save(self, path)
 
     @classmethod
-    def load(cls, path, device="cpu", net=None):
-        """Read what `save` wrote (if around a wrapped network, into that `net`). Raises InputError; runs no code."""
-        return weights.load(path, net).to(device).eval()
+    def load(cls, path, device=None, net=None):
+        """Read what `save` wrote (around a wrapped network: into that `net`). Raises InputError; runs no code."""
+        model = weights.load(path, net).eval()
+        return model if device is None else model.to(device)
 
     def _needs_fusion(self, what):
         if not self.settings.fusion:

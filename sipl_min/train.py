@@ -2,7 +2,6 @@
 
 import csv
 import math
-import pickle
 import signal
 import threading
 from dataclasses import asdict
@@ -86,7 +85,7 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
     autocast = device.type == "cuda" if autocast is None else autocast
     images = images if isinstance(images, Images) else Images(images, seed=seed)
     model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=decay, fused=device.type == "cuda")
     run = dict(settings=asdict(model.settings), setting=setting, recipe=getattr(recipe, "__name__", recipe),
                steps=steps, count=count, size=size, peak=peak, warmup=warmup, decay=decay, clip=clip, seed=seed,
                images=images.names())  # fmt: skip
@@ -175,7 +174,7 @@ def resume(folder, run, model, optimizer):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, never code
         old = state["run"]
-    except (RuntimeError, OSError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as e:
+    except Exception as e:  # damaged pickles raise anything
         raise InputError(f"{str(path)!r} is not a whole checkpoint: delete it, or pass another folder") from e
     differing = sorted(name for name in {*old, *run} if old.get(name) != run.get(name))
     if differing:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,7 +11,8 @@ import torch
 import torch.nn as nn
 
 from .files import InputError
-from .sipl import SIPL, ProxyFusion, pad
+from .sipl import SIPL, ProxyFusion
+from .tiles import pad
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,11 @@ class Taps:
     fusion: bool = True
 
 
-class Reached(Exception):
-    """All privileged features are there: the rest of the network need not run."""
+class Reached(BaseException):
+    """All privileged features are there: the rest of the network need not run. No `except Exception` catches it."""
+
+
+LOCK = threading.RLock()  # hooks sit on modules that threads may share, so wrapped passes take turns
 
 
 class Wrapped(SIPL):
@@ -43,6 +48,8 @@ class Wrapped(SIPL):
         args = zip(taps.decoder_channels, taps.dictionary_size, [taps.dictionary_std] * len(taps.encoder),
                    taps.read_heads, taps.write_heads, taps.encoder_channels)  # fmt: skip
         self.fusion = nn.ModuleList(ProxyFusion(*a, identity=taps.identity_start) for a in args)
+        first = next(net.parameters(), torch.empty(0))
+        self.fusion.to(first.device, first.dtype)
 
     def pad(self, x, multiple=8):
         return pad(x, math.lcm(multiple, self.settings.multiple) if multiple > 8 else self.settings.multiple)
@@ -60,33 +67,82 @@ class Wrapped(SIPL):
 
         with hooks(self.net, self.settings.encoder, keep), contextlib.suppress(Reached):
             self.net(image)
+        self.check_ran(list(found), self.settings.encoder)
         return [found[name] for name in self.settings.encoder]
 
     def decode(self, x, features, proxies=None):
-        number = {name: i for i, name in enumerate(self.settings.decoder)}
-        with hooks(self.net, self.settings.decoder, lambda n, h: self.fusion[number[n]].write(h, proxies[number[n]])):
-            return self.net(x)
+        number, ran, gradients = {name: i for i, name in enumerate(self.settings.decoder)}, [], torch.is_grad_enabled()
+
+        def write(name, h):
+            ran.append(name)
+            if gradients and not torch.is_grad_enabled():  # it would run again, without Proxy Fusion, in backward
+                raise InputError(f"module {name!r} runs under activation checkpointing, where its gradients would be "
+                                 "wrong: turn that off, or name modules outside it")  # fmt: skip
+            return self.fusion[number[name]].write(h, proxies[number[name]])
+
+        with hooks(self.net, self.settings.decoder, write):
+            y = self.net(x)
+        self.check_ran(ran, self.settings.decoder)
+        if y.shape != x.shape:
+            raise InputError(f"the network maps {tuple(x.shape)} to {tuple(y.shape)}: wrap it with the multiple= that "
+                             "its sides need")  # fmt: skip
+        return y
+
+    @staticmethod
+    def check_ran(ran, names):
+        for name in names:
+            if ran.count(name) != 1:
+                raise InputError(f"module {name!r} ran {ran.count(name)} times in this pass, once in the dry run: name "
+                                 "one that runs once whatever the image and the mode")  # fmt: skip
 
 
 @contextlib.contextmanager
 def hooks(net, names, function: Callable):
     """While inside, `function(name, output)` sees the output of each named module, and replaces it if not None."""
-    modules = dict(net.named_modules())
-    handles = []
-    try:
-        for name in names:
-            hook = lambda module, inputs, output, name=name: function(name, output)  # noqa: E731
-            handles.append(modules[name].register_forward_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules, thread, handles = dict(net.named_modules(remove_duplicate=False)), threading.get_ident(), []
+
+    def hook(name):
+        return lambda module, inputs, output: function(name, output) if threading.get_ident() == thread else None
+
+    with LOCK:
+        try:
+            for name in names:
+                handles.append(modules[name].register_forward_hook(hook(name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
-def wrap(net, encoder, decoder, example, *, dictionary_size=None, read_heads=None, write_heads=None, multiple=8,
-         **settings):  # fmt: skip
-    """See `SIPL.wrap`."""
-    encoder, decoder, names = list(encoder), list(decoder), [name for name, _ in net.named_modules() if name]
+def wrap(net, encoder, decoder, example, *, dictionary_size=None, read_heads=None, write_heads=None,
+         dictionary_std=0.02, identity_start=False, multiple=8):  # fmt: skip
+    """SIPL around any network: features are tapped, and fused, behind modules found by their names.
+
+    Args:
+        net: maps (B, 3, H, W) to the same shape. It is used, not copied, and stays usable by itself; training the model
+            trains it, and where it keeps running statistics (batch norm), every pass in training mode feeds them.
+        encoder: names (as in `net.named_modules()`) of the modules whose outputs are the privileged features.
+        decoder: as many names: behind each, Proxy Fusion writes. Pairs are made by resolution where possible.
+        example: an image tensor for one dry run, which tells channels and resolutions.
+        dictionary_size, read_heads, write_heads: one number per scale. dictionary_std: of its random start.
+        identity_start: for a trained `net`: write starts by adding nothing, so the first pass is the network's own.
+        multiple: sides are mirrored up to multiples of this.
+    The network runs whole in every pass but the tap, which ends it by an exception once all features are there.
+    Raises InputError for names that do not exist, outputs that are no features, an order that cannot work.
+    """
+    if not isinstance(net, nn.Module) or isinstance(net, torch.jit.ScriptModule):
+        raise InputError(f"net must be a torch.nn.Module, and not a scripted one, not {type(net).__name__}")
+    for argument, given in (("encoder", encoder), ("decoder", decoder)):
+        if not isinstance(given, (list, tuple)):
+            raise InputError(f"{argument} must be a list of module names, not {given!r}")
+    if type(multiple) is not int or multiple < 1:
+        raise InputError(f"multiple={multiple!r} must be a positive whole number")
+    if type(dictionary_std) not in (int, float) or not 0 <= dictionary_std < math.inf:
+        raise InputError(f"dictionary_std={dictionary_std!r} must be a number >= 0")
+    if type(identity_start) is not bool:
+        raise InputError(f"identity_start={identity_start!r} must be True or False")
+    encoder, decoder = list(encoder), list(decoder)
+    names = [name for name, _ in net.named_modules(remove_duplicate=False) if name]
     for name in (*encoder, *decoder):
         if name not in names:
             near = get_close_matches(str(name), names, 3, 0.4)
@@ -95,14 +151,14 @@ def wrap(net, encoder, decoder, example, *, dictionary_size=None, read_heads=Non
     if not encoder or len(encoder) != len(decoder) or len({*encoder}) + len({*decoder}) != 2 * len(encoder):
         raise InputError(f"encoder and decoder must name equally many different modules, one pair for each scale, "
                          f"not {encoder} and {decoder}")  # fmt: skip
-    shapes = dry_run(net, encoder, decoder, example, multiple)
+    width, shapes = dry_run(net, encoder, decoder, example, multiple)
     # Pairs share a resolution where they can, in whatever order they were named; else they are as given.
     sizes = {name: shapes[name][-2:] for name in shapes}
     if sorted(sizes[n] for n in encoder) == sorted(sizes[n] for n in decoder) and len(
         {sizes[n] for n in encoder}) == len(encoder):  # fmt: skip
         decoder = [next(d for d in decoder if sizes[d] == sizes[e]) for e in encoder]
     # As many entries for a scale as the preset nano has there: 16 x 16 at half the resolution, 8 x 8 at a quarter, ...
-    shrink = [example.shape[-1] / sizes[e][-1] for e in encoder]
+    shrink = [width / sizes[e][-1] for e in encoder]
     dictionary_size = dictionary_size or [max(2, min(32, round(32 / s))) for s in shrink]
     ones = [1] * len(encoder)
     given = dict(dictionary_size=dictionary_size, read_heads=read_heads or ones, write_heads=write_heads or ones)
@@ -113,24 +169,17 @@ def wrap(net, encoder, decoder, example, *, dictionary_size=None, read_heads=Non
             raise InputError(f"{name}={values!r} must be {len(encoder)} positive whole numbers, one for each scale")
         if "heads" in name and any(c % v for c, v in zip(channels[1], values)):
             raise InputError(f"{name}={values!r} does not divide the channels {channels[1]} of the decoder modules")
-    try:
-        taps = Taps(tuple(encoder), tuple(decoder), *map(tuple, channels), multiple=multiple, **settings,
-                    **{name: tuple(values) for name, values in given.items()})  # fmt: skip
-    except TypeError as e:
-        known = "dictionary_size, dictionary_std, read_heads, write_heads, identity_start, multiple"
-        raise InputError(f"unknown setting of a wrapped network ({e}): choose from {known}") from e
-    model = Wrapped(net, taps)
-    first = next(net.parameters(), example)
-    model.fusion.to(first.device, first.dtype)
-    return model
+    taps = Taps(tuple(encoder), tuple(decoder), *map(tuple, channels), **{n: tuple(v) for n, v in given.items()},
+                dictionary_std=dictionary_std, identity_start=identity_start, multiple=multiple)  # fmt: skip
+    return Wrapped(net, taps)
 
 
 def rebuild(net, settings, name):
     """The model of a file that a wrapped network wrote, with `net` as it is now."""
-    if net is None:
+    if not isinstance(net, nn.Module):
         raise InputError(f"{name} holds a network wrapped by SIPL.wrap: pass it, SIPL.load(..., net=the_network)")
     taps = Taps(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-    names = dict(net.named_modules())
+    names = dict(net.named_modules(remove_duplicate=False))
     for module in (*taps.encoder, *taps.decoder):
         if module not in names:
             raise InputError(f"{name} was saved around a network with a module {module!r}, which this net has not")
@@ -139,23 +188,27 @@ def rebuild(net, settings, name):
 
 @torch.no_grad()
 def dry_run(net, encoder, decoder, example, multiple):
-    """Shapes of what the named modules put out for `example`; raises InputError where they cannot be used."""
+    """Width of the padded `example`, and shapes of what the named modules put out for it, if they can be used."""
     if not isinstance(example, torch.Tensor) or example.ndim != 4 or example.shape[1] != 3:
         raise InputError("example must be a tensor (B, 3, H, W) such as the network takes")
     seen, order = {}, []
+    x = pad(example.to(next(net.parameters(), example)), multiple)
 
     def look(name, output):
         order.append(name)
         if not isinstance(output, torch.Tensor) or output.ndim != 4:
             what = tuple(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
             raise InputError(f"module {name!r} puts out {what}, not a 4-D tensor (B, C, H, W): name another one")
+        (h, w), (height, width) = output.shape[-2:], x.shape[-2:]
+        if abs(h * width - w * height) > max(height, width):  # more than rounding
+            raise InputError(f"module {name!r} puts out {tuple(output.shape)} for an image of {height} x {width}, "
+                             "which is not (B, C, H, W) at a lower resolution: name another one")  # fmt: skip
         seen[name] = tuple(output.shape)
 
     modes = [(m, m.training) for m in net.modules()]
     net.eval()  # no running statistic may change
     try:
         with hooks(net, dict.fromkeys([*encoder, *decoder]), look):
-            x = pad(example.to(next(net.parameters(), example)), multiple)
             y = net(x)
     finally:
         for module, mode in modes:
@@ -172,4 +225,4 @@ def dry_run(net, encoder, decoder, example, multiple):
             raise InputError(f"decoder module {name!r} runs before encoder module {last!r}, so the privileged features "
                              "would depend on what Proxy Fusion writes: name decoder modules that run after all "
                              "encoder modules (the last of those may be among them)")  # fmt: skip
-    return seen
+    return x.shape[-1], seen

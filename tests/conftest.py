@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sipl_min import SIPL
 
@@ -29,3 +30,16 @@ def photo():
     """A uint8 photo with odd sides."""
     y, x = np.mgrid[:45, :53]
     return np.stack([100 + 80 * np.sin(x / 5), 120 + 60 * np.cos(y / 7), 2 * x + y], 2).astype(np.uint8)
+
+
+class Largest(TorchDispatchMode):
+    """Remember the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.numel())
+        return result

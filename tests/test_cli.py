@@ -68,10 +68,10 @@ def test_restore_again_leaves_what_was_restored(tmp_path, weights, photo, capsys
 
 
 def test_one_photo_too_large_does_not_cost_the_others(tmp_path, weights, photo, capsys, monkeypatch):
-    def limited(self, image, *_):
-        if image.shape[0] > 40:
+    def limited(self, images, *_, **__):
+        if images[0].shape[0] > 40:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-        return image
+        return images
 
     monkeypatch.setattr(SIPL, "restore", limited)
     write(tmp_path / "in" / "large.png", photo)
@@ -79,6 +79,44 @@ def test_one_photo_too_large_does_not_cost_the_others(tmp_path, weights, photo, 
     assert main(["restore", str(tmp_path / "in"), str(tmp_path / "out"), *weights]) == 1
     assert "not enough memory to restore" in capsys.readouterr().err
     assert files(tmp_path / "out") == ["small.png"]
+
+
+def test_photos_of_one_size_are_one_batch(tmp_path, weights, photo, capsys, monkeypatch):
+    batches, restore = [], SIPL.restore
+
+    def counted(self, images, *arguments, **options):
+        batches.append(len(images))
+        return restore(self, images, *arguments, **options)
+
+    monkeypatch.setattr(SIPL, "restore", counted)
+    for i in range(5):
+        write(tmp_path / "in" / f"{i}.png", np.roll(photo, i, 1) if i != 2 else photo[:20])
+    iio.imwrite(tmp_path / "in" / "nan.tif", np.full((*photo.shape[:2], 3), np.nan, np.float32))
+    assert main(["restore", str(tmp_path / "in"), str(tmp_path / "out"), *weights]) == 1
+    assert batches == [4, 1]
+    out = capsys.readouterr()
+    assert "restored 5 of 6" in out.out and "nan.tif" in out.err and "found nan" in out.err
+    model = SIPL.load(weights[1])
+    for i in (0, 2, 4):
+        alone = restore(model, read(tmp_path / "in" / f"{i}.png"))
+        assert np.abs(read(tmp_path / "out" / f"{i}.png").astype(int) - alone).max() <= 1
+
+
+def test_windows_by_command(tmp_path, weights, photo):
+    write(tmp_path / "a.png", np.tile(photo, (2, 2, 1)))
+    job = ["restore", str(tmp_path / "a.png")]
+    assert main([*job, str(tmp_path / "cut.png"), "--tile", "48", "--overlap", "16", *weights]) == 0
+    assert main([*job, str(tmp_path / "whole.png"), "--tile", "0", *weights]) == 0
+    cut, whole = read(tmp_path / "cut.png").astype(int), read(tmp_path / "whole.png").astype(int)
+    assert cut.shape == whole.shape and np.abs(cut - whole).max() > 0
+
+
+def test_speed_prints_a_table_and_writes_two_files(tmp_path, capsys):
+    small = ["--presets", "nano", "--sizes", "16", "24", "--T", "0", "train", "--repeats", "1"]
+    assert main(["benchmark", "speed", *small, "--output", str(tmp_path / "s.csv")]) == 0
+    out = capsys.readouterr().out
+    assert "GFLOP/s here" in out and sum(line.startswith("nano") for line in out.splitlines()) == 4
+    assert files(tmp_path) == ["s.csv", "s.png"]
 
 
 def test_a_plain_backbone_needs_no_word_about_steps(tmp_path, photo, capsys):
@@ -124,6 +162,10 @@ def test_benchmark_prints_measured_beside_published(tmp_path, weights, capsys, m
         (["restore", "nan.tif", "o.tif"], "found nan"),
         (["restore", "bright.tif", "o.tif"], "found 0 to 2"),
         (["restore", "five.tif", "o.tif"], "C = 1, 2, 3 or 4"),
+        (["restore", "good.png", "o.png", "--tile", "50"], "tile=50 must be 0, or a multiple of 16"),
+        (["restore", "good.png", "o.png", "--overlap", "-1"], "overlap=-1 must be"),
+        (["benchmark", "speed", "--presets", "huge"], "unknown preset 'huge'"),
+        (["benchmark", "speed", "--repeats", "0"], "repeats=0 is too small"),
         (["demo", "--setting", "fog", "--output", "o.png"], "unknown setting 'fog'"),
         (["demo", "--seed", "-1", "--output", "o.png"], "seed=-1 must be"),
         (["restore", "deep.png", "o.jpg"], "cannot hold uint16 with 3 channels"),

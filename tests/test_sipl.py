@@ -6,13 +6,14 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from conftest import tiny
+from conftest import Largest, tiny
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from sipl_min import SIPL, InputError, train
-from sipl_min.sipl import CrossAttention, FeedForward, pad
+from sipl_min import SIPL, InputError, speed, train
+from sipl_min.sipl import CrossAttention, FeedForward
+from sipl_min.tiles import pad
 
 
 def rand(*shape, seed=0):
@@ -81,37 +82,12 @@ def test_images_of_a_batch_do_not_see_each_other(model):
 # ------------------------------------------------------------------------- the loop against its naive form
 
 
-def explicit(self, query, context):
-    """Cross-attention with the attention matrix written out, as in the released code."""
-    query, context = self.norm_query(query), self.norm_context(context)
-    q, k, v = self.attend(query, context)
-    z = (q @ k.transpose(-2, -1)).softmax(-1) @ v
-    z = query + self.out(z.transpose(-2, -1).reshape(len(q), *query.shape[1:]))
-    return z + self.ffn(self.norm_ffn(z))
-
-
-@torch.no_grad()
-def naive(model, x, steps, feedback):
-    """Call the whole network every time; pad first and crop last (chain as released: to multiples of 16)."""
-    h, w = x.shape[-2:]
-    x = pad(x, 16 if feedback == "chain" else 8)
-    estimates = [model(x)]
-    for _ in range(steps):
-        if feedback == "chain":
-            x = model(x, model.privileged(model(x)))
-            estimates.append(x)
-        else:
-            estimates.append(model(x, model.privileged(estimates[-1])))
-    return [e[..., :h, :w] for e in estimates]
-
-
 @pytest.mark.parametrize("feedback", ["privilege", "chain"])
-def test_loop_equals_the_naive_loop(model, feedback, monkeypatch):
+def test_loop_equals_the_naive_loop(model, feedback):
     x = rand(2, 3, 27, 34)
     ours = model.refine(x, steps=3, feedback=feedback, return_all=True)
     assert torch.equal(model.refine(x, 3, feedback), ours[-1])
-    monkeypatch.setattr(CrossAttention, "forward", explicit)
-    theirs = naive(model, x, 3, feedback)
+    theirs = speed.refine_naive(model, x, 3, feedback)
     assert len(ours) == len(theirs) == 4
     for a, b in zip(ours, theirs):
         assert (a - b).abs().max() <= 2e-6 * b.abs().max()
@@ -144,7 +120,7 @@ def test_every_backbone_does_what_promptir_does(backbone, tmp_path):
     x = rand(1, 3, 27, 34)
     if backbone == "nafnet":  # zeros to the next multiples of 16, as NAFNet has it
         x = F.pad(x, (0, 14, 0, 5))
-    for ours, theirs in zip(model.refine(x, 2, return_all=True), naive(model, x, 2, "privilege")):
+    for ours, theirs in zip(model.refine(x, 2, return_all=True), speed.refine_naive(model, x, 2)):
         assert (ours - theirs).abs().max() <= 2e-6 * theirs.abs().max()
     grads = gradients(model, rand(1, 3, 16, 16), rand(1, 3, 16, 16, seed=1), train.authors)
     silent = [n for n, _ in model.named_parameters() if n not in grads or not grads[n].abs().sum() > 0]
@@ -154,27 +130,13 @@ def test_every_backbone_does_what_promptir_does(backbone, tmp_path):
     assert torch.equal(SIPL.load(tmp_path / "m.safetensors").refine(x), model.refine(x))
 
 
-class Largest(TorchDispatchMode):
-    """Remember the largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.numel())
-        return result
-
-
-def test_the_attention_matrix_never_exists(monkeypatch):
+def test_the_attention_matrix_never_exists():
     attention = CrossAttention(8, 1)
     query, context = rand(1, 8, 64, 64), rand(1, 8, 32, 32)
     matrix = 64 * 64 * 32 * 32
     with torch.no_grad(), Largest() as ours:
         attention(query, context)
-    monkeypatch.setattr(CrossAttention, "forward", explicit)
-    with torch.no_grad(), Largest() as released:
+    with torch.no_grad(), speed.naive(), Largest() as released:
         attention(query, context)
     assert released.elements >= matrix  # the check can see it
     assert ours.elements <= matrix // 20
@@ -238,11 +200,11 @@ def test_zero_dictionary_explodes_once_and_a_random_one_does_not():
 def test_dual_gate_is_symmetric_in_its_halves():
     ffn = FeedForward(4, 2, dual=True)
     x = rand(1, 4, 5, 5)
-    before = ffn(x)
+    before = ffn(x, nn.Identity())
     with torch.no_grad():
         for conv in ffn.inner:
             conv.weight.copy_(conv.weight.roll(len(conv.weight) // 2, 0))
-    assert torch.allclose(before, ffn(x), atol=1e-6)
+    assert torch.allclose(before, ffn(x, nn.Identity()), atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------- photos

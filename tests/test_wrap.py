@@ -1,11 +1,13 @@
 """SIPL around a network of somebody else: the same mathematics, the network untouched, clear words where it fails."""
 
 import copy
+import threading
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from conftest import TINY, tiny
 
 from sipl_min import SIPL, InputError, train
@@ -23,13 +25,13 @@ class UNet(nn.Module):
         self.dec2 = nn.Conv2d(3 * width, 2 * width, 3, padding=1)
         self.dec1 = nn.Conv2d(2 * width, width, 3, padding=1)
         self.end, self.relu = nn.Conv2d(width, 3, 3, padding=1), nn.ReLU(inplace=True)
-        self.pair, self.unused, self.flat = Pair(), nn.Conv2d(3, 3, 1), nn.Flatten()
+        self.pair, self.unused, self.flat, self.last = Pair(), nn.Conv2d(3, 3, 1), nn.Flatten(), ChannelsLast()
 
     def forward(self, x):
         a = self.relu(self.enc1(x))
         b = self.relu(self.enc2(a))
         c = self.relu(self.enc3(b))
-        self.flat(self.pair(c)[0])
+        self.last(self.flat(self.pair(c)[0]).view(c.shape))
         b = self.relu(self.dec2(F.interpolate(c, scale_factor=2.0))) + b
         return self.end(self.dec1(F.interpolate(b, scale_factor=2.0)) + a) + x
 
@@ -37,6 +39,11 @@ class UNet(nn.Module):
 class Pair(nn.Module):
     def forward(self, x):
         return x, x
+
+
+class ChannelsLast(nn.Module):
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1)
 
 
 def wrapped(**settings):
@@ -54,7 +61,7 @@ def test_wrapping_our_own_backbone_gives_our_own_model():
         net = SIPL("nano", **TINY, backbone=backbone, fusion=False).eval()
         net.encoder, net.decoder = copy.deepcopy(model.encoder), copy.deepcopy(model.decoder)
         levels = [f"encoder.levels.{i}" for i in (1, 2, 3)]
-        fused = ["decoder.levels.1", "decoder.levels.2", "encoder.levels.3"]
+        fused = ["decoder.levels.1.0", "decoder.levels.2.0", "encoder.levels.3"]
         if backbone == "nafnet":
             fused = [f"decoder.levels.{i}" for i in (0, 1, 2)]  # named in the order in which they run
         other = SIPL.wrap(net, levels, fused, torch.rand(1, 3, 16, 16), dictionary_size=(6, 4, 2),
@@ -140,6 +147,80 @@ def test_fit_save_load_and_resume(tmp_path):
         SIPL.load(tmp_path / "model.safetensors", net=UNet(width=4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_of_another_dtype_comes_back_from_its_file(dtype, tmp_path):
+    x = torch.rand(1, 3, 16, 24, dtype=dtype)
+    model = SIPL.wrap(UNet().to(dtype), example=x, **NAMES).eval()
+    model.save(tmp_path / "m.safetensors")
+    again = SIPL.load(tmp_path / "m.safetensors", net=UNet().to(dtype))
+    assert torch.equal(again.refine(x), model.refine(x)) and model.refine(x).dtype == dtype
+
+
+class Checkpointed(UNet):
+    """Its deepest level runs again in backward instead of being kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.deep, self.enc3 = self.enc3, Again(self.enc3)
+
+
+class Again(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_activation_checkpointing_over_a_fused_module_is_refused_and_beside_it_works():
+    x = torch.rand(1, 3, 16, 24)
+    model = SIPL.wrap(Checkpointed(), ["enc2", "deep"], ["dec2", "deep"], x)
+    with pytest.raises(InputError, match="'enc3.inner|'deep' runs under activation checkpointing"):
+        model.train()(x)
+    (SIPL.wrap(Checkpointed(), example=x, **NAMES).train()(x)).sum().backward()
+
+
+def test_threads_do_not_disturb_each_other():
+    net, model = wrapped()
+    x, failed = torch.rand(1, 3, 16, 24), []
+    expected, plain = model.refine(x, 1), net(x).detach()
+
+    def work(function, right):
+        for _ in range(20):
+            try:
+                with torch.no_grad():
+                    assert torch.equal(function(x), right)
+            except BaseException as e:
+                failed.append(e)
+
+    jobs = [(model.refine, expected), (model.refine, expected), (net, plain)]
+    threads = [threading.Thread(target=work, args=job) for job in jobs]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failed, failed[0]
+
+
+class Moody(UNet):
+    """Skips a level while training, and halves its image where that is large."""
+
+    def forward(self, x):
+        x = F.avg_pool2d(x, 2) if x.shape[-1] > 32 else x
+        return self.end(self.enc1(x)) if self.training else super().forward(x)
+
+
+def test_a_network_that_changes_its_ways_after_the_dry_run_is_caught():
+    x = torch.rand(1, 3, 16, 24)
+    model = SIPL.wrap(Moody(), example=x, **NAMES)
+    with pytest.raises(InputError, match="'dec2' ran 0 times in this pass, once in the dry run"):
+        model.train()(x)
+    with pytest.raises(InputError, match=r"maps \(1, 3, 40, 40\) to \(1, 3, 20, 20\): wrap it with the multiple="):
+        model.eval()(torch.rand(1, 3, 40, 40))
+
+
 def parallel(rank, folder, expected):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -182,7 +263,11 @@ def test_two_processes_average_their_gradients(tmp_path):
         (dict(encoder=["enc2", "enc2"]), "equally many different modules"),
         (dict(read_heads=(3, 3)), r"read_heads=\(3, 3\) does not divide"),
         (dict(dictionary_size=(3,)), r"dictionary_size=\(3,\) must be 2 positive whole numbers"),
-        (dict(dictionary=3), "unknown setting of a wrapped network"),
+        (dict(multiple=0), "multiple=0 must be a positive whole number"),
+        (dict(dictionary_std=-1.0), "dictionary_std=-1.0 must be a number >= 0"),
+        (dict(identity_start="no"), "identity_start='no' must be True or False"),
+        (dict(encoder="enc2"), "encoder must be a list of module names, not 'enc2'"),
+        (dict(encoder=["last", "enc2"]), r"'last' puts out .* for an image of 16 x 24, which is not \(B, C, H, W\)"),
         (dict(example=torch.rand(3, 8, 8)), "example must be a tensor"),
     ],
 )
