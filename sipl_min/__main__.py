@@ -1,4 +1,4 @@
-"""The command line: python -m sipl_min demo | train | restore | benchmark."""
+"""The command line: python -m sipl_min demo | train | restore | benchmark | data."""
 
 import argparse
 import sys
@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import benchmark, data, show, speed, train
+from . import benchmark, data, datasets, real, show, speed, train
 from .degrade import COLUMNS, SETTINGS, check_setting
-from .files import InputError, asset, check_photo, check_writable, find_photos, read, write
+from .files import InputError, asset, check_photo, check_writable, find_photos, read, whole, write
+from .published import from_published
 from .restore import choose_window
 from .settings import PRESETS
 from .sipl import SIPL
@@ -77,6 +78,14 @@ def main(arguments=None):
     speed_options.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: %(default)s)")
     c.add_argument("--draws", type=int, default=1, help="how often each photo is degraded anew (default: %(default)s)")
 
+    c.add_argument("--data", default=None, help="a folder with the real data sets: measure on those, as published")
+    c.add_argument("--save", default=None, help="with --data, a folder for the restored images")
+
+    c = command(
+        "data", show_data, "Which public data sets are there, whole and readable, and where the others come from."
+    )
+    c.add_argument("folder", nargs="?", default="data", help="where to look (default: %(default)s)")
+
     options = parser.parse_args(arguments)
     try:
         return options.function(options) or 0
@@ -93,7 +102,8 @@ def refinements(text):
 
 
 def weights(c):
-    c.add_argument("--weights", default=None, help="a file that model.save wrote (default: the nano model included)")
+    c.add_argument("--weights", "--checkpoint", help="a file that model.save wrote, or a published .ckpt, "
+                   ".pt or .pth (default: the nano model included)")  # fmt: skip
     c.add_argument("--steps", type=int, default=None, help="refinement steps T (default: 1; a plain backbone: 0)")
 
 
@@ -104,7 +114,9 @@ def load(options):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"device {device!r} cannot be used here: choose cpu, or leave --device out") from e
-    model = SIPL.load(options.weights or asset("nano.safetensors"), device)
+    path = options.weights or asset("nano.safetensors")
+    published = Path(path).suffix in (".ckpt", ".pt", ".pth")
+    model = from_published(path).to(device) if published else SIPL.load(path, device)
     if options.steps is None:
         options.steps = int(model.settings.fusion)
     return model
@@ -213,6 +225,10 @@ def train_model(options):
     print(f"weights: {Path(options.folder) / 'model.safetensors'}")
 
 
+def show_data(options):
+    print("\n".join(datasets.report(options.folder)))
+
+
 def run_speed(options):
     show.without_screen()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -233,15 +249,30 @@ def run_benchmark(options):
         return run_speed(options)
     settings = list(SETTINGS) if options.setting == "all" else [options.setting]
     model, rows = load(options), []
+    if options.data and options.output and len(settings) > 1:
+        raise InputError("with --data, --output takes one setting at a time, so that an interrupted run can go on")
+    text = []
     for setting in settings:
-        part = benchmark.evaluate(model, setting, options.steps, seed=options.seed, draws=options.draws)
+        if options.data:
+            part, notes = real.evaluate(model, setting, options.data, options.steps, options.output, options.save)
+            print(f"\n{setting}: the data sets below {options.data}, published protocol\n")
+        else:
+            part = benchmark.evaluate(model, setting, options.steps, seed=options.seed, draws=options.draws)
+            notes = benchmark.missing(setting)
+            print(f"\n{setting}: embedded held-out photos, synthetic degradations, middle 256 x 256 pixels\n")
+        if part:
+            for value in ("psnr", "ssim"):
+                print(benchmark.table(part, setting, value, bool(options.data)) + "\n")
+            text.append(f"## {setting}\n\n" + benchmark.markdown(part, setting, bool(options.data)))
+        for line in notes:
+            print(f"not measured here: {line}" if not options.data else f"note: {line}")
         rows += part
-        print(f"\n{setting}: embedded held-out photos, synthetic degradations, middle 256 x 256 pixels\n")
-        print(benchmark.table(part, setting), "\n\n" + benchmark.table(part, setting, "ssim"))
-        for line in benchmark.missing(setting):
-            print(f"not measured here: {line}")
+    if not rows:
+        raise InputError(f"nothing of {options.setting} can be measured with what lies below {options.data!r}")
     if options.output:
         benchmark.write_csv(rows, options.output)
+        with whole(Path(options.output).with_suffix(".md")) as temporary:
+            temporary.write_text("\n".join(text))
 
 
 if __name__ == "__main__":

@@ -107,27 +107,50 @@ def published(setting, value="psnr"):
     return {row["method"]: row[value] for row in tables.get(setting, {}).get("rows", [])}
 
 
-def table(rows, setting, value="psnr", methods=("input", "PromptIR", "AdaIR", "SIPL+PromptIR (claim)")):
-    """Text: measured columns, then, behind a bar and marked, published ones of the real data sets."""
+def cells(rows, setting, value="psnr", methods=("input", "PromptIR", "AdaIR", "SIPL+PromptIR (claim)")):
+    """A table as lists of strings, head first, and the number of its columns that are measured, not published.
+
+    The average stands for a whole setting only: where columns are missing its line says of how many it is, and the
+    published averages, which are of all, are left out.
+    """
     digits = 2 if value == "psnr" else 3
     measured, theirs = average(rows, value), published(setting, value)
     theirs = {f"{m}*": theirs[m] for m in methods if any(theirs.get(m, {}).values())}
-    names = [*measured, *theirs]
-    lines = [f"{value.upper():15s}" + "".join(f"{'| ' * (n == next(iter(theirs), 0))}{n:>{wide(n)}s}" for n in names)]
-    for column in next(iter(measured.values())):
-        cells = []
-        for name in names:
-            number = (measured | theirs)[name].get(column)
-            cell = "-" if number is None else f"{number:.{digits}f}"
-            cells.append(f"{'| ' * (name == next(iter(theirs), 0))}{cell:>{wide(name)}s}")
-        lines.append(f"{column:15s}" + "".join(cells))
-    if theirs:
-        lines.append("* published, on the real data sets: other images, never to be read as results of this run")
-    return "\n".join(lines)
+    columns = list(next(iter(measured.values())))
+    lines = [[value.upper(), *measured, *theirs]]
+    for column in columns:
+        of_some = column == "average" and {*columns} - {"average"} != {*COLUMNS[setting]}
+        numbers = [m[column] for m in measured.values()] + [None if of_some else t.get(column) for t in theirs.values()]
+        title = f"average of {len(columns) - 1}" if of_some else column
+        lines.append([title] + ["-" if n is None else f"{n:.{digits}f}" for n in numbers])
+    return lines, len(measured)
 
 
-def wide(name):
-    return max(len(name), 6) + 2
+PUBLISHED = "* published, on the real data sets{}: never to be read as results of this run"
+
+
+def table(rows, setting, value="psnr", real=False):
+    """Text: measured columns, then, behind a bar and marked, published ones of the real data sets."""
+    lines, count = cells(rows, setting, value)
+    text = []
+    for line in lines:
+        parts = [f"{cell:>{max(len(head), 6) + 2}s}" for cell, head in zip(line[1:], lines[0][1:])]
+        text.append(
+            f"{line[0]:15s}" + "".join(parts[:count]) + ("| " + "".join(parts[count:]) if parts[count:] else "")
+        )
+    if len(lines[0]) > count + 1:
+        text.append(PUBLISHED.format("" if real else ", other images"))
+    return "\n".join(text)
+
+
+def markdown(rows, setting, real=False):
+    """The tables of PSNR (dB) and SSIM as Markdown."""
+    text = []
+    for value in ("psnr", "ssim"):
+        lines, _ = cells(rows, setting, value)
+        lines.insert(1, ["---"] * len(lines[0]))
+        text += ["| " + " | ".join(line) + " |" for line in lines] + [""]
+    return "\n".join([*text, PUBLISHED.format("" if real else ", other images").replace("*", "\\*"), ""])
 
 
 def missing(setting):

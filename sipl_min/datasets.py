@@ -1,0 +1,216 @@
+"""The public data sets on disk: found in the layouts that people have, counted, paired, a sample of them opened."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from .degrade import CDD11
+from .files import PHOTOS, InputError
+
+INPUTS = ("input", "rainy", "rain", "hazy", "synthetic", "blur", "low", "data", "lq")
+TARGETS = ("target", "gt", "norain", "clear", "original", "sharp", "high", "clean")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a right copy is, and where it comes from."""
+
+    name: str
+    role: str  # "train" or "test"
+    count: int  # pairs, or clean images
+    where: str  # pattern that the folder's path matches, in lower case
+    columns: tuple  # of the tables that it serves
+    paper: str
+    page: str
+    clean: bool = False  # clean images only: their degradation is made here
+    clear: int = None  # distinct targets, where fewer than inputs
+    other: tuple = ()  # (count, what a copy of this size is)
+
+
+RESIDE = "RESIDE, Li et al. 2019", "sites.google.com/view/reside-dehaze-datasets"
+JORDER = "JORDER, Yang et al. 2017", "www.icst.pku.edu.cn/struct/Projects/joint_rain_removal.html"
+BSD = "BSD, Martin et al. 2001", "www2.eecs.berkeley.edu/Research/Projects/CS/vision/bsds"
+DEEPDEBLUR = "DeepDeblur, Nah et al. 2017", "seungjunnah.github.io/Datasets/gopro"
+RETINEX = "RetinexNet, Wei et al. 2018", "daooshee.github.io/BMVC2018website"
+ONERESTORE = "OneRestore, Guo et al. 2024", "github.com/gy65896/OneRestore"
+DESNOW = "DesnowNet, Liu et al. 2018", "sites.google.com/view/yunfuliu/desnownet"
+NEW_RAIN = "the newer version of Rain100L, with which these tables do not compare"
+NOISE = ("CBSD68_15", "CBSD68_25", "CBSD68_50")
+
+# The first whose pattern fits a folder and whose role fits its words takes it.
+SETS = (
+    DataSet("CBSD68", "test", 68, r"c?bsd(s)?68", NOISE, *BSD, clean=True),
+    DataSet("BSD400", "train", 400, r"bsd(s)?400", (), *BSD, clean=True),
+    DataSet("WED", "train", 4744, r"wed|waterloo", (), "WED, Ma et al. 2017", "ece.uwaterloo.ca/~k29ma/exploration",
+            clean=True),
+    DataSet("BSD400 + WED", "train", 5144, r"denoise", (), "BSD400 and WED in one folder, as AirNet has them", BSD[1],
+            clean=True),
+    DataSet("Rain100L", "test", 100, r"rain100l|derain", ("Rain100L",), *JORDER, other=(200, NEW_RAIN)),
+    DataSet("Rain100L", "train", 200, r"rain100l|derain", (), *JORDER, other=(1800, NEW_RAIN)),
+    DataSet("SOTS-outdoor", "test", 500, r"sots|dehaze|outdoor(?!.?rain)", ("SOTS",), *RESIDE, clear=492),
+    DataSet("OTS", "train", 72135, r"ots|dehaze|outdoor(?!.?rain)", (), *RESIDE, clear=2061),
+    DataSet("GoPro", "test", 1111, r"gopro|deblur", ("GoPro",), *DEEPDEBLUR),
+    DataSet("GoPro", "train", 2103, r"gopro|deblur", (), *DEEPDEBLUR),
+    DataSet("LOL-v1", "test", 15, r"lol|enhance|eval15|low.?light", ("LOLv1",), *RETINEX),
+    DataSet("LOL-v1", "train", 485, r"lol|enhance|our485|low.?light", (), *RETINEX),
+    DataSet("CDD-11", "test", 2200, r"", tuple(CDD11), *ONERESTORE, clear=200),
+    DataSet("CDD-11", "train", 13013, r"", (), *ONERESTORE, clear=1183),
+    DataSet("Snow100K-S", "test", 16611, r"snow100k.?s\b", ("Snow100K-S",), *DESNOW),
+    DataSet("Snow100K-L", "test", 16801, r"snow100k.?l\b", ("Snow100K-L",), *DESNOW),
+    DataSet("Outdoor-Rain", "test", 750, r"test1|outdoor.?rain", ("Outdoor-Rain",), "Li, Cheong & Tan 2019",
+            "github.com/liruoteng/HeavyRainRemoval"),
+    DataSet("RainDrop", "test", 58, r"rain.?drop", ("RainDrop",), "Qian et al. 2018", "github.com/rui1996/DeRaindrop"),
+    DataSet("AllWeather", "train", 18069, r"all.?weather", (), "TransWeather, Valanarasu et al. 2022",
+            "github.com/jeya-maria-jose/TransWeather"),
+)  # fmt: skip
+
+
+@dataclass
+class Found:
+    """One data set as it lies on disk. pairs: combination (CDD-11) or "" -> list of (input or None, target), sorted."""
+
+    what: DataSet
+    folders: list = field(default_factory=list)
+    pairs: dict = field(default_factory=dict)
+    unpaired: list = field(default_factory=list)
+
+    def count(self):
+        return sum(map(len, self.pairs.values()))
+
+    def of(self, column):
+        """The pairs with which a column of a table is measured."""
+        return self.pairs.get(column, self.pairs.get("", []))
+
+
+def photos_of(folder):
+    """Photos directly in a folder, by stem."""
+    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in PHOTOS and not p.name.startswith(".")}
+
+
+def partner(stem, targets):
+    """The target of an input, by the names in use: `1`, `rain-1` of `norain-1`, `0_rain` of `0_clean`, and
+    `0001_0.8_0.2` of `0001`, where what is behind the last `_` tells of the degradation."""
+    for name in (stem, stem.replace("rain", "norain"), stem.replace("rain", "clean")):
+        if name in targets:
+            return targets[name]
+    while "_" in stem:
+        stem = stem.rpartition("_")[0]
+        if stem in targets:
+            return targets[stem]
+    return None
+
+
+def role_of(path, inputs):
+    """ "train", "test" or None, told by the words of a path."""
+    words = re.split(r"[/_\-. ]", path)
+    if {"train", "training", "our485"} & {*words} or inputs == "rainy":
+        return "train"
+    return "test" if {"test", "testing", "eval15", "val", "sots"} & {*words} or "test" in path else None
+
+
+def find(root):
+    """The data sets below a folder, in the order of `SETS`. Raises InputError where there is no such folder.
+
+    Known layouts: AirNet's and PromptIR's (Train/Derain/rainy, test/dehaze/input, ...), OneRestore's
+    (CDD-11_test/clear, ...), Restormer's (test/Rain100L/input, ...), the originals, and any folder named after its data
+    set with `input` and `target` in it. Several folders of one set (GoPro's scenes) are put together.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"no folder {str(root)!r}: put the data sets below one, and name it with --data")
+    found = {}
+    for place, folders, files in sorted(os.walk(root, followlinks=True)):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        folder, names = Path(place), {f.lower(): f for f in folders}
+        path = folder.relative_to(root).as_posix().lower()
+        path = root.name.lower() if path == "." else path
+        combinations = [c for c in CDD11 if c in names]
+        if "clear" in names and len(combinations) > 1:
+            inputs, target, columns = [names[c] for c in combinations], names["clear"], combinations
+        else:
+            inputs = [names[i] for i in INPUTS if i in names][:1]
+            target, columns = next((names[t] for t in TARGETS if t in names), None), [""]
+        if inputs and target:
+            role, cdd = role_of(path, inputs[0].lower()), columns != [""]
+            what = choose(path, role, clean=False, cdd=cdd)
+            if what:
+                take(found, what, folder, zip(columns, inputs), target)
+            folders[:] = [f for f in folders if f not in (*inputs, target)]
+        elif any(Path(f).suffix.lower() in PHOTOS for f in files):
+            what = choose(path, role_of(path, ""), clean=True)
+            if what:
+                item = found.setdefault(what, Found(what))
+                item.folders.append(folder)
+                item.pairs.setdefault("", []).extend((None, p) for p in photos_of(folder).values())
+    return [found[what] for what in SETS if what in found]
+
+
+def choose(path, role, clean, cdd=False):
+    for what in SETS:
+        fits = what.clean == clean and (what.name == "CDD-11") == cdd and role in (what.role, None)
+        if fits and re.search(what.where, path):
+            return what
+    return None
+
+
+def take(found, what, folder, inputs, target):
+    """Pair the inputs of each column with the targets of one folder."""
+    item, targets = found.setdefault(what, Found(what)), photos_of(folder / target)
+    item.folders.append(folder)
+    for column, name in inputs:
+        pairs = item.pairs.setdefault(column, [])
+        for stem, path in photos_of(folder / name).items():
+            clear = partner(stem, targets)
+            if clear is None:
+                item.unpaired.append(path)
+            else:
+                pairs.append((path, clear))
+
+
+def problems(item, sample=20):
+    """What is wrong with a copy, one sentence each: its count, unpaired files, and what opening a sample shows."""
+    what, count, lines = item.what, item.count(), []
+    kind = "images" if what.clean else "pairs"
+    if what.other and count == what.other[0]:
+        lines.append(f"{count} {kind} instead of {what.count}: this is {what.other[1]}")
+    elif count != what.count:
+        lines.append(f"{count} {kind} instead of {what.count}: the copy is not whole, or not this data set")
+    clear = len({p for pairs in item.pairs.values() for _, p in pairs})
+    if what.clear and count == what.count and clear != what.clear:
+        lines.append(f"{clear} different clear images instead of {what.clear}")
+    for path in item.unpaired[:3]:
+        lines.append(f"{path}: no target of this name")
+    if len(item.unpaired) > 3:
+        lines.append(f"... and {len(item.unpaired) - 3} more without a target")
+    everything = [pair for pairs in item.pairs.values() for pair in pairs]
+    for x, y in everything[:: max(1, len(everything) // sample)]:
+        sizes = []
+        for path in (p for p in (x, y) if p):
+            try:
+                with Image.open(path) as image:
+                    image.load()  # all of it: a truncated file has a good header
+                    sizes.append(image.size)
+            except Exception as e:  # decoders raise anything
+                lines.append(f"{path}: cannot be read ({e})")
+        if len(sizes) == 2 and sizes[0] != sizes[1]:
+            lines.append(f"{x}: {sizes[0][0]} x {sizes[0][1]} pixels, its target {sizes[1][0]} x {sizes[1][1]}")
+    return lines
+
+
+def report(root):
+    """What `python -m sipl_min data` prints: each data set found or missing, one line, and what is wrong below it."""
+    found, lines = {item.what: item for item in find(root)}, []
+    for what in SETS:
+        if what not in found:
+            lines.append(f"missing  {what.name} ({what.role}): {what.paper}, {what.page}; put it in "
+                         f"{Path(root) / what.name.replace(' ', '') / what.role}")  # fmt: skip
+            continue
+        item = found[what]
+        wrong, places = problems(item), ", ".join(str(f) for f in item.folders[:2])
+        places += f" and {len(item.folders) - 2} more" if len(item.folders) > 2 else ""
+        lines.append(f"{'found  ' if not wrong else 'CHECK  '}  {what.name} ({what.role}) in {places}")
+        lines += [f"           {line}" for line in wrong]
+    return lines

@@ -1,0 +1,134 @@
+"""The published protocol on the real data sets: pairs from files, every image measured once, also across a stop."""
+
+import contextlib
+import csv
+import zlib
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from . import datasets
+from .benchmark import centre, psnr, ssim, write_csv
+from .degrade import CDD11, COLUMNS, check_setting
+from .files import InputError, from_tensor, read, to_tensor, whole, write
+
+FIELDS = ("setting", "column", "photo", "seed", "estimate", "psnr", "ssim", "weights")
+
+
+def pair(column, x, y, rng):
+    """Files of a data set -> degraded x and clean y, (1, 3, H, W), cut to multiples of 16 as published.
+
+    Where there is no x, Gaussian noise: 255 y + sigma n, clipped and truncated to uint8; n from the NumPy `rng`, which
+    is seeded with 0 before the first image of a column.
+    """
+    clean = to_tensor(centre(np.atleast_3d(read(y))))
+    if x is None:
+        pixels = (clean[0].permute(1, 2, 0).numpy() * 255).round()
+        noisy = pixels + int(column.split("_")[1]) * rng.standard_normal(pixels.shape)
+        return to_tensor(noisy.clip(0, 255).astype(np.uint8)), clean
+    degraded = to_tensor(centre(np.atleast_3d(read(x))))
+    if degraded.shape != clean.shape:
+        raise InputError(f"{str(x)!r} and {str(y)!r} differ in size: check the copy with python -m sipl_min data")
+    return degraded, clean
+
+
+def images(setting, found):
+    """Every image of a setting that is at hand: column, name, degraded, clean; noise in one stream per column."""
+    for column in COLUMNS[setting]:
+        item = next((f for f in found if column in f.what.columns), None)
+        rng = np.random.RandomState(0)
+        for x, y in item.of(column) if item else ():
+            path = x or y
+            scene = "" if len(item.folders) == 1 else f"{path.parent.parent.name}/"  # GoPro: the same names in each
+            yield column, scene + path.name, *pair(column, x, y, rng)
+
+
+def missing(setting, found, root):
+    """One sentence for each column that cannot be measured, or only on other images than the published ones."""
+    for column in COLUMNS[setting]:
+        item = next((f for f in found if column in f.what.columns), None)
+        if item is None:
+            yield f"{column}: no data set for it below {str(root)!r}; python -m sipl_min data says what belongs where"
+        else:
+            count, right = len(item.of(column)), item.what.count // (len(CDD11) if item.what.name == "CDD-11" else 1)
+            if count != right:
+                yield f"{column}: {count} images instead of {right}, so not the published test set"
+
+
+def evaluate(model, setting, root, steps=1, output=None, save=None, progress=True):
+    """Measure input, y0, ..., y_T on the data sets below `root`; rows as those of `benchmark.evaluate`.
+
+    Args:
+        output: a CSV file. Until it is complete its lines are kept beside it, in `.part`; an interrupted run goes on.
+        save: a folder for the restored images y_T, one folder for each column.
+    Returns (rows, sentences): what is measured, and what of the setting is not, or not on the published images.
+    """
+    check_setting(setting)
+    found, rows = datasets.find(root), []
+    log = Log(output, model, setting, steps)
+    counts = sum(len(f.of(c)) for c in COLUMNS[setting] for f in found if c in f.what.columns)
+    for column, name, x, clean in tqdm(images(setting, found), total=counts, unit="image", disable=not progress):
+        if (column, name) not in log.done:
+            first = next(model.parameters())
+            estimates = model.refine(x.to(first), steps, return_all=True)
+            scores = {"input": x} | {f"y{t}": e for t, e in enumerate(estimates)}
+            log.add([dict(setting=setting, column=column, photo=name, seed=0, estimate=estimate, psnr=psnr(e, clean),
+                          ssim=ssim(e, clean), weights=log.weights) for estimate, e in scores.items()])  # fmt: skip
+            if save:
+                like = np.empty((*clean.shape[-2:], 3), np.uint8)
+                write((Path(save) / column / name).with_suffix(".png"), from_tensor(estimates[-1], like))
+        rows += log.done[column, name]
+    log.finish(rows)
+    return rows, list(missing(setting, found, root))
+
+
+class Log:
+    """What is measured so far: (column, photo) -> its rows, also in `output.part`, one line a row."""
+
+    def __init__(self, output, model, setting, steps):
+        self.output, self.path = output, Path(f"{output}.part") if output else None
+        self.weights, self.done = f"{fingerprint(model):08x}", {}
+        if self.path and self.path.exists():
+            self.resume(setting, ["input", *(f"y{t}" for t in range(steps + 1))])
+
+    def resume(self, setting, wanted):
+        """Take over the images of which all rows are there. A line that was cut short counts as none."""
+        kept = {}
+        with open(self.path, newline="") as f:
+            for row in csv.DictReader(f, FIELDS):
+                if None in row or None in row.values() or len(row["weights"]) != 8:
+                    continue
+                if (row["weights"], row["setting"]) != (self.weights, setting):
+                    raise InputError(f"{str(self.path)!r} was begun with other weights or another setting: delete it, "
+                                     "or pass another --output")  # fmt: skip
+                row |= dict(seed=int(row["seed"]), psnr=float(row["psnr"]), ssim=float(row["ssim"]))
+                kept.setdefault((row["column"], row["photo"]), {})[row["estimate"]] = row
+        self.done = {key: [k[w] for w in wanted] for key, k in kept.items() if all(w in k for w in wanted)}
+        with whole(self.path) as temporary, open(temporary, "w", newline="") as f:
+            for rows in self.done.values():
+                csv.DictWriter(f, FIELDS).writerows(rows)
+
+    def add(self, rows):
+        self.done[rows[0]["column"], rows[0]["photo"]] = rows
+        if self.path:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "a", newline="") as f:
+                    csv.DictWriter(f, FIELDS).writerows(rows)
+            except OSError as e:
+                raise InputError(f"cannot write {str(self.path)!r}: {e.strerror}") from e
+
+    def finish(self, rows):
+        if self.path and rows:
+            write_csv(rows, self.output)
+            with contextlib.suppress(FileNotFoundError):
+                self.path.unlink()
+
+
+def fingerprint(model):
+    """A number that changes with the weights."""
+    crc = 0
+    for t in model.state_dict().values():
+        crc = zlib.crc32(t.detach().float().cpu().numpy().tobytes(), crc)
+    return crc
