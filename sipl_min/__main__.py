@@ -56,11 +56,20 @@ def main(arguments=None):
     c.add_argument("--images", default=None, help="a folder of clean photos (default: the embedded images)")
     c.add_argument("--setting", default="cdd11", help=f"{', '.join(SETTINGS)} (default: %(default)s)")
     c.add_argument("--recipe", default="authors", help="authors, or backbone (no Proxy Fusion) (default: %(default)s)")
-    for name, value, text in (("steps", 400, "training steps"), ("count", 8, "crops in a batch"),
-                              ("size", 48, "pixels a side of a crop"), ("seed", 0, "of everything random"),
-                              ("save-every", 100, "steps between checkpoints")):  # fmt: skip
+    c.add_argument("--data", default=None, help="a folder with the real data sets: their training pairs (instead of "
+                   "--images)")  # fmt: skip
+    for name, text in (("steps", "training steps"), ("count", "crops in a batch, of all processes together"),
+                       ("size", "pixels a side of a crop"), ("peak", "highest learning rate"),
+                       ("warmup", "steps until it is reached")):  # fmt: skip
+        kind = float if name == "peak" else int
+        small, large = train.SCHEDULES["nano"][name], train.SCHEDULES["paper"][name]
+        c.add_argument(f"--{name}", type=kind, help=f"{text} (default: {small}; preset paper: {large})")
+    for name, value, text in (("seed", 0, "of everything random"), ("save-every", 100, "steps between checkpoints"),
+                              ("accumulate", 1, "work on a batch in so many parts, for lack of memory")):  # fmt: skip
         c.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: %(default)s)")
-    c.add_argument("--peak", type=float, default=1e-3, help="highest learning rate (default: %(default)s)")
+    c.add_argument("--save-minutes", type=float, default=10, help="and minutes (default: %(default)s)")
+    c.add_argument("--ema", type=float, default=0.0, help="decay of a moving average of the weights, e.g. 0.999, which "
+                   "then is the result (default: none)")  # fmt: skip
     c.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
 
     c = command("benchmark", run_benchmark, "PSNR and SSIM on each column of a setting, the published table beside; "
@@ -219,10 +228,23 @@ def named(path, e):
 def train_model(options):
     torch.manual_seed(abs(options.seed))  # a negative seed is refused by fit, in its own words
     model = SIPL(options.preset, fusion=options.recipe != "backbone")
-    print(f"{options.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    names = ("setting", "recipe", "steps", "count", "size", "seed", "save_every", "peak", "device", "folder", "images")
-    train.fit(model, **{name: getattr(options, name) for name in names})
-    print(f"weights: {Path(options.folder) / 'model.safetensors'}")
+    with train.processes(options.device) as (device, first):
+        if first:
+            print(f"{options.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+        check_setting(options.setting)
+        images = options.images
+        if options.data:
+            images = data.Images(**datasets.training(options.data, options.setting), cache=2**33)
+            if first:
+                print(f"{len(images)} clean images; pairs: " + (", ".join(
+                    f"{len(p)} of {c}" for c, p in images.pairs.items()) or "none"))  # fmt: skip
+        schedule = train.SCHEDULES[options.preset]
+        schedule = {name: value if getattr(options, name) is None else getattr(options, name)
+                    for name, value in schedule.items()}  # fmt: skip
+        names = ("setting", "recipe", "seed", "save_every", "save_minutes", "accumulate", "ema", "folder")
+        train.fit(model, images, device=device, **schedule, **{name: getattr(options, name) for name in names})
+        if first:
+            print(f"weights: {Path(options.folder) / 'model.safetensors'}")
 
 
 def show_data(options):

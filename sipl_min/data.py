@@ -80,13 +80,14 @@ class Images:
 
     Args:
         folder: None for the embedded images, half of all crops from photos and half from dead leaves; or a path,
-            whose photos then replace them; or a list of H x W x 3 arrays.
+            whose photos then replace them; or a list of H x W x 3 arrays or of paths.
+        pairs: for degradations that are on disk and not made here, column -> list of (degraded, clean) paths.
         leaves: how many dead-leaves images; cache: bytes of decoded photos kept in memory.
     Raises InputError where the folder is missing or empty or a file in it is no image.
     """
 
-    def __init__(self, folder=None, leaves=48, seed=0, cache=2**31):
-        self.cache, self.kept, self.depths = cache, {}, {}
+    def __init__(self, folder=None, leaves=48, seed=0, cache=2**31, pairs=None):
+        self.cache, self.kept, self.depths, self.pairs = cache, {}, {}, pairs or {}
         if folder is None:
             files = [installed(name) for name in TRAINING]
             self.depths[TRAINING.index("motorcycle_left.png")] = motorcycle_distance()
@@ -94,8 +95,10 @@ class Images:
         elif isinstance(folder, (str, os.PathLike)):
             files, made = find_photos(folder), []
         else:
-            files, made = [], [(to_tensor(np.asarray(image))[0] * 255).round().byte() for image in folder]
-            if not made:
+            files = [Path(image) for image in folder if isinstance(image, (str, os.PathLike))]
+            made = [image for image in folder if not isinstance(image, (str, os.PathLike))]
+            made = [(to_tensor(np.asarray(image))[0] * 255).round().byte() for image in made]
+            if not files and not made:
                 raise InputError("no images given: pass at least one H x W x 3 array, a folder, or None")
         self.sources, self.photos = [*files, *made], len(files)
         if isinstance(folder, (str, os.PathLike)):  # a bad file is named now, not in the middle of the night
@@ -110,21 +113,26 @@ class Images:
 
     def names(self):
         """What tells these images from others, so that a resumed training finds the images that it began with."""
-        return [f"{s.name}, {s.stat().st_size} bytes" if isinstance(s, Path) else
-                f"{tuple(s.shape)}, crc {zlib.crc32(s.numpy().tobytes())}" for s in self.sources]  # fmt: skip
+        names = [f"{s.name}, {s.stat().st_size} bytes" if isinstance(s, Path) else
+                 f"{tuple(s.shape)}, crc {zlib.crc32(s.numpy().tobytes())}" for s in self.sources]  # fmt: skip
+        for column, pairs in self.pairs.items():
+            crc = zlib.crc32("".join(Path(p).name for pair in pairs for p in pair).encode())
+            names.append(f"{column}: {len(pairs)} pairs, crc {crc}")
+        return names
 
     def load(self, i):
         """Image i as uint8 (3, H, W)."""
-        if isinstance(self.sources[i], torch.Tensor):
-            return self.sources[i]
-        if i in self.kept:
-            return self.kept[i]
+        return self.sources[i] if isinstance(self.sources[i], torch.Tensor) else self.decode(self.sources[i])
+
+    def decode(self, path):
+        if path in self.kept:
+            return self.kept[path]
         try:
-            image = (to_tensor(read(path := self.sources[i]))[0] * 255).round().byte()
+            image = (to_tensor(read(path))[0] * 255).round().byte()
         except InputError as e:
             raise e if str(path) in str(e) else InputError(f"{str(path)!r} cannot be used: {e}") from e
         if image.numel() <= self.cache:
-            self.kept[i] = image
+            self.kept[path] = image
         self.cache -= image.numel()  # below zero the room is used up
         return image
 
@@ -134,29 +142,47 @@ class Images:
         first, last = groups[int(torch.randint(2, (), generator=g))] if 0 < self.photos < len(self) else (0, len(self))
         i = int(torch.randint(first, last, (), generator=g))
         image = self.load(i)
-        depth = self.depths.get(i, torch.full((1, *image.shape[-2:]), torch.nan))
-        both = [image, depth]
-        for axis in (-2, -1):
-            both = [mirror(t[None], axis, 0, max(size - t.shape[axis], 0))[0] for t in both]
-            start = int(torch.randint(both[0].shape[axis] - size + 1, (), generator=g))
-            both = [t.narrow(axis, start, size) for t in both]
-        turn, flip = int(torch.randint(4, (), generator=g)), int(torch.randint(2, (), generator=g))
-        return [torch.rot90(t.flip(-1) if flip else t, turn, (-2, -1)) for t in both]
+        return cut([image, self.depths.get(i, torch.full((1, *image.shape[-2:]), torch.nan))], size, g)
+
+    def pair(self, column, size, g):
+        """A random crop of a pair on disk, both turned and flipped alike: degraded and clean, uint8 (3, size, size)."""
+        paths = self.pairs[column][int(torch.randint(len(self.pairs[column]), (), generator=g))]
+        both = [self.decode(Path(path)) for path in paths]
+        if both[0].shape != both[1].shape:
+            raise InputError(f"{str(paths[0])!r} and {str(paths[1])!r} differ in size: leave the pair out")
+        return cut(both, size, g)
+
+
+def cut(images, size, g):
+    """The same random size x size crop of images (C, H, W) of one size, turned and flipped; small ones are mirrored."""
+    for axis in (-2, -1):
+        images = [mirror(t[None], axis, 0, max(size - t.shape[axis], 0))[0] for t in images]
+        start = int(torch.randint(images[0].shape[axis] - size + 1, (), generator=g))
+        images = [t.narrow(axis, start, size) for t in images]
+    turn, flip = int(torch.randint(4, (), generator=g)), int(torch.randint(2, (), generator=g))
+    return [torch.rot90(t.flip(-1) if flip else t, turn, (-2, -1)) for t in images]
 
 
 def batch(images, step, *, setting="cdd11", size=48, count=8, seed=0, device="cpu"):
     """Training batch number `step`: degraded x and clean y, both (count, 3, size, size) in [0, 1], and column names.
 
     A pure function of its arguments: nothing is remembered between steps, so training resumes where it stopped.
-    Crops are cut on the CPU; the degradations run where the batch is.
+    Crops are cut on the CPU; the degradations run where the batch is. Each crop draws its column evenly, so that no
+    task starves, however few images it has; columns in `images.pairs` take their crop from there.
     """
     check_setting(setting)
     g = generator(hash_seed(seed, step))
     crops, depths = zip(*(images.crop(size, g) for _ in range(count)))
     names = list(COLUMNS[setting])
     columns = [names[int(i)] for i in torch.randint(len(names), (count,), generator=g)]
-    y = torch.stack(crops).to(device).float() / 255
-    x = degrade(y, generator(hash_seed(seed, step, 1), device), setting, columns, torch.stack(depths).to(device))
+    y, depths = torch.stack(crops), torch.stack(depths)
+    x, made = y.clone(), [i for i, column in enumerate(columns) if column not in images.pairs]
+    for i in {*range(count)} - {*made}:
+        x[i], y[i] = images.pair(columns[i], size, g)
+    x, y = (t.to(device).float() / 255 for t in (x, y))
+    if made:
+        noise = generator(hash_seed(seed, step, 1), device)
+        x[made] = degrade(y[made], noise, setting, [columns[i] for i in made], depths[made].to(device))
     return x, y, columns
 
 

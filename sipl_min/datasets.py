@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .degrade import CDD11
+from .degrade import CDD11, COLUMNS
 from .files import PHOTOS, InputError
 
 INPUTS = ("input", "rainy", "rain", "hazy", "synthetic", "blur", "low", "data", "lq")
@@ -22,7 +22,7 @@ class DataSet:
     role: str  # "train" or "test"
     count: int  # pairs, or clean images
     where: str  # pattern that the folder's path matches, in lower case
-    columns: tuple  # of the tables that it serves
+    columns: tuple  # of the tables that it is the test or the training for
     paper: str
     page: str
     clean: bool = False  # clean images only: their degradation is made here
@@ -38,6 +38,7 @@ RETINEX = "RetinexNet, Wei et al. 2018", "daooshee.github.io/BMVC2018website"
 ONERESTORE = "OneRestore, Guo et al. 2024", "github.com/gy65896/OneRestore"
 DESNOW = "DesnowNet, Liu et al. 2018", "sites.google.com/view/yunfuliu/desnownet"
 NEW_RAIN = "the newer version of Rain100L, with which these tables do not compare"
+WEATHER = ("Snow100K-S", "Snow100K-L", "Outdoor-Rain", "RainDrop")
 NOISE = ("CBSD68_15", "CBSD68_25", "CBSD68_50")
 
 # The first whose pattern fits a folder and whose role fits its words takes it.
@@ -49,21 +50,21 @@ SETS = (
     DataSet("BSD400 + WED", "train", 5144, r"denoise", (), "BSD400 and WED in one folder, as AirNet has them", BSD[1],
             clean=True),
     DataSet("Rain100L", "test", 100, r"rain100l|derain", ("Rain100L",), *JORDER, other=(200, NEW_RAIN)),
-    DataSet("Rain100L", "train", 200, r"rain100l|derain", (), *JORDER, other=(1800, NEW_RAIN)),
+    DataSet("Rain100L", "train", 200, r"rain100l|derain", ("Rain100L",), *JORDER, other=(1800, NEW_RAIN)),
     DataSet("SOTS-outdoor", "test", 500, r"sots|dehaze|outdoor(?!.?rain)", ("SOTS",), *RESIDE, clear=492),
-    DataSet("OTS", "train", 72135, r"ots|dehaze|outdoor(?!.?rain)", (), *RESIDE, clear=2061),
+    DataSet("OTS", "train", 72135, r"ots|dehaze|outdoor(?!.?rain)", ("SOTS",), *RESIDE, clear=2061),
     DataSet("GoPro", "test", 1111, r"gopro|deblur", ("GoPro",), *DEEPDEBLUR),
-    DataSet("GoPro", "train", 2103, r"gopro|deblur", (), *DEEPDEBLUR),
+    DataSet("GoPro", "train", 2103, r"gopro|deblur", ("GoPro",), *DEEPDEBLUR),
     DataSet("LOL-v1", "test", 15, r"lol|enhance|eval15|low.?light", ("LOLv1",), *RETINEX),
-    DataSet("LOL-v1", "train", 485, r"lol|enhance|our485|low.?light", (), *RETINEX),
+    DataSet("LOL-v1", "train", 485, r"lol|enhance|our485|low.?light", ("LOLv1",), *RETINEX),
     DataSet("CDD-11", "test", 2200, r"", tuple(CDD11), *ONERESTORE, clear=200),
-    DataSet("CDD-11", "train", 13013, r"", (), *ONERESTORE, clear=1183),
+    DataSet("CDD-11", "train", 13013, r"", tuple(CDD11), *ONERESTORE, clear=1183),
     DataSet("Snow100K-S", "test", 16611, r"snow100k.?s\b", ("Snow100K-S",), *DESNOW),
     DataSet("Snow100K-L", "test", 16801, r"snow100k.?l\b", ("Snow100K-L",), *DESNOW),
     DataSet("Outdoor-Rain", "test", 750, r"test1|outdoor.?rain", ("Outdoor-Rain",), "Li, Cheong & Tan 2019",
             "github.com/liruoteng/HeavyRainRemoval"),
     DataSet("RainDrop", "test", 58, r"rain.?drop", ("RainDrop",), "Qian et al. 2018", "github.com/rui1996/DeRaindrop"),
-    DataSet("AllWeather", "train", 18069, r"all.?weather", (), "TransWeather, Valanarasu et al. 2022",
+    DataSet("AllWeather", "train", 18069, r"all.?weather", WEATHER, "TransWeather, Valanarasu et al. 2022",
             "github.com/jeya-maria-jose/TransWeather"),
 )  # fmt: skip
 
@@ -168,6 +169,21 @@ def take(found, what, folder, inputs, target):
                 item.unpaired.append(path)
             else:
                 pairs.append((path, clear))
+
+
+def training(root, setting):
+    """What lies below `root` to train a setting on, as arguments of `data.Images`: folder (clean images) and pairs.
+
+    Columns without pairs (noise always) get clean images with degradations made on the fly: BSD400 and WED, or else the
+    targets of all pairs. Raises InputError where there is nothing.
+    """
+    found = [f for f in find(root) if f.what.role == "train"]
+    pairs = {c: f.of(c) for c in COLUMNS[setting] for f in found if c in f.what.columns and f.of(c)}
+    clean = [y for f in found if f.what.clean for _, y in f.of("")]
+    clean = clean or sorted({y for several in pairs.values() for _, y in several})
+    if not clean:
+        raise InputError(f"no training set of {setting} below {str(root)!r}: python -m sipl_min data says what fits")
+    return dict(folder=clean, pairs=pairs)
 
 
 def problems(item, sample=20):

@@ -33,6 +33,10 @@ def pair(column, x, y, rng):
     return degraded, clean
 
 
+def tests_of(root):
+    return [f for f in datasets.find(root) if f.what.role == "test"]
+
+
 def images(setting, found):
     """Every image of a setting that is at hand: column, name, degraded, clean; noise in one stream per column."""
     for column in COLUMNS[setting]:
@@ -65,7 +69,7 @@ def evaluate(model, setting, root, steps=1, output=None, save=None, progress=Tru
     Returns (rows, sentences): what is measured, and what of the setting is not, or not on the published images.
     """
     check_setting(setting)
-    found, rows = datasets.find(root), []
+    found, rows = tests_of(root), []
     log = Log(output, model, setting, steps)
     counts = sum(len(f.of(c)) for c in COLUMNS[setting] for f in found if c in f.what.columns)
     for column, name, x, clean in tqdm(images(setting, found), total=counts, unit="image", disable=not progress):

@@ -1,14 +1,20 @@
 """The training loop: `fit`, the recipes it follows, and checkpoints that resume bit for bit."""
 
+import contextlib
 import csv
 import math
+import os
 import signal
 import threading
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .data import Images, batch
@@ -35,6 +41,14 @@ def backbone(model, x, y):
 
 RECIPES = {"authors": authors, "backbone": backbone}
 
+# How long and how fast, by preset. The authors' schedule for SIPL is not published; `paper` is PromptIR's: batches of
+# 32 crops of 128 pixels, 2e-4, warm-up in a tenth of 150 epochs, an epoch of three tasks being some 4,400 batches.
+SCHEDULES = {
+    "nano": dict(steps=400, count=8, size=48, peak=1e-3, warmup=20),
+    "small": dict(steps=400, count=8, size=48, peak=1e-3, warmup=20),
+    "paper": dict(steps=660_000, count=32, size=128, peak=2e-4, warmup=66_000),
+}
+
 
 def learning_rate(step, steps, peak, warmup):
     """Linear warm-up over `warmup` steps, then half a cosine down to zero at the last step."""
@@ -43,10 +57,24 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
+class Step(nn.Module):
+    """A recipe as a module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model, recipe):
+        super().__init__()
+        self.model, self.recipe = model, recipe
+
+    def forward(self, x, y):
+        return self.recipe(self.model, x, y)
+
+
 def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, count=8, size=48, peak=1e-3, warmup=20,
-        decay=1e-4, clip=1.0, seed=0, folder=None, save_every=100, validate=None, validate_every=100, device=None,
-        autocast=None, progress=True):  # fmt: skip
+        decay=1e-4, clip=1.0, seed=0, folder=None, save_every=100, save_minutes=10, validate=None, validate_every=100,
+        accumulate=1, ema=0.0, device=None, autocast=None, progress=True):  # fmt: skip
     """Train a model in place and return the log, a list of one dict per step.
+
+    Under torchrun every process makes the same batch and works on its share of it; DistributedDataParallel averages the
+    gradients, so that the numbers are those of one process, to rounding. The first process writes.
 
     Args:
         model: a `SIPL`; recipe "authors" needs Proxy Fusion, recipe "backbone" needs `fusion=False`.
@@ -55,8 +83,11 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
             (model, x, y) -> estimate whose L1 distance to y is the loss.
         steps, count, size: how many steps, of how many crops, of how many pixels a side (a multiple of 8).
         peak, warmup, decay, clip: AdamW's learning rate and its schedule, weight decay, largest gradient norm.
-        folder: where `checkpoint.pt`, `log.csv` and, in the end, `model.safetensors` go. A checkpoint found there is
-            resumed, and continues bit for bit on the same machine; Ctrl-C saves one and stops.
+        folder: where `checkpoint.pt`, `log.csv` and, in the end, `model.safetensors` go, and TensorBoard's events where
+            that is installed. A checkpoint found there is resumed, and continues bit for bit on the same machine (with
+            as many processes); Ctrl-C saves one and stops. save_every, save_minutes: what is between checkpoints.
+        accumulate: in how many parts a batch is worked on, for lack of memory. ema: decay of an exponential moving
+            average of the weights, e.g. 0.999, which is then what is validated and, in the end, what the model holds.
         validate: function (model) -> dict of numbers, called every `validate_every` steps and logged.
         device: default CUDA if there, else CPU. autocast: bfloat16, default on CUDA only.
     Raises InputError for arguments that do not fit, or a checkpoint that belongs to another run; and
@@ -68,7 +99,8 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
         raise InputError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}, or pass a function")
     if recipe in RECIPES and (recipe == "authors") != model.settings.fusion:
         raise InputError(f"recipe {recipe!r} needs a model with fusion={recipe == 'authors'}")
-    whole_numbers = dict(steps=steps, count=count, size=size, save_every=save_every, validate_every=validate_every)
+    whole_numbers = dict(steps=steps, count=count, size=size, save_every=save_every, validate_every=validate_every,
+                         accumulate=accumulate)  # fmt: skip
     for name, value in whole_numbers.items():
         multiple = 8 if name == "size" else 1
         if not isinstance(value, int) or value < 1 or value % multiple:
@@ -76,7 +108,13 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
     for name, value in (("warmup", warmup), ("seed", seed)):
         if not isinstance(value, int) or value < 0:
             raise InputError(f"{name}={value!r} must be a whole number >= 0")
-    for name, value in (("peak", peak), ("clip", clip)):
+    together = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    if count % (world * accumulate):
+        raise InputError(f"count={count} must be a multiple of {world} processes times accumulate={accumulate}")
+    if not 0 <= ema < 1:
+        raise InputError(f"ema={ema!r} must be at least 0 and below 1")
+    for name, value in (("peak", peak), ("clip", clip), ("save_minutes", save_minutes)):
         if not 0 < value < math.inf:
             raise InputError(f"{name}={value!r} must be a positive number")
     if not 0 <= decay < math.inf:
@@ -85,47 +123,104 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
     autocast = device.type == "cuda" if autocast is None else autocast
     images = images if isinstance(images, Images) else Images(images, seed=seed)
     model.to(device).train()
+    forward = Step(model, step_function)
+    if world > 1:
+        forward = nn.parallel.DistributedDataParallel(forward, find_unused_parameters=True)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=decay, fused=device.type == "cuda")
     run = dict(settings=asdict(model.settings), setting=setting, recipe=getattr(recipe, "__name__", recipe),
                steps=steps, count=count, size=size, peak=peak, warmup=warmup, decay=decay, clip=clip, seed=seed,
-               images=images.names())  # fmt: skip
-    start, log = 0, []
+               accumulate=accumulate, ema=ema, processes=world, images=images.names())  # fmt: skip
+    start, log, writer = 0, [], None
     if folder is not None:
         folder = Path(folder)
-        start, log = resume(folder, run, model, optimizer)
-    bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress, unit="step")
+        start, log = resume(folder, run, model, optimizer, average)
+        writer = tensorboard(folder, start) if rank == 0 else None
+    saved = monotonic()
+    bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress or rank > 0, unit="step")
     with Stop() as stop:
         for step in bar:
             x, y, _ = batch(images, step, setting=setting, size=size, count=count, seed=seed, device=device)
+            parts = list(zip(x[rank::world].chunk(accumulate), y[rank::world].chunk(accumulate)))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak, warmup)
-            # no cache: a weight cast inside no_grad would be remembered without its gradient
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
-                estimate = step_function(model, x, y).float()
-            loss = F.l1_loss(estimate, y)
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower peak={peak} or clip={clip}")
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            sums = torch.zeros(3, device=device)  # loss, PSNR, and whether somebody asked to stop
+            for i, (a, b) in enumerate(parts):
+                last = i + 1 == len(parts)
+                with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
+                    # no cache: a weight cast inside no_grad would be remembered without its gradient
+                    with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
+                        estimate = forward(a, b).float()
+                    loss = F.l1_loss(estimate, b) / len(parts)
+                    loss.backward()
+                mse = F.mse_loss(estimate.detach().clamp(0, 1), b, reduction="none").mean((1, 2, 3)).clamp(min=1e-10)
+                sums += torch.stack([loss.detach(), -10 * mse.log10().mean() / len(parts), loss.new_zeros(())])
+            sums[2] = float(stop.asked)
+            if world > 1:
+                dist.all_reduce(sums)
+            loss, psnr, stopping = (sums / world).tolist()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {step}: lower peak={peak} or clip={clip}")
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
-            mse = F.mse_loss(estimate.detach().clamp(0, 1), y, reduction="none").mean((1, 2, 3)).clamp(min=1e-10)
-            row = dict(step=step, loss=loss.item(), psnr=float(-10 * mse.log10().mean()), gradient=float(norm))
+            if average:
+                average.update_parameters(model)
+            row = dict(step=step, loss=loss, psnr=psnr, gradient=float(norm))
             if validate is not None and ((step + 1) % validate_every == 0 or step + 1 == steps):
-                model.eval()
-                row.update(validate(model))
-                model.train()
+                tested = average.module if average else model
+                tested.eval()
+                row.update(validate(tested))
+                tested.train()
             log.append(row)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", psnr=f"{row['psnr']:.2f} dB", refresh=False)
-            if folder is not None and ((step + 1) % save_every == 0 or step + 1 == steps or stop.asked):
-                save_checkpoint(folder, run, step + 1, model, optimizer, log)
-            if stop.asked:
+            for name, value in row.items() if writer else ():
+                writer.add_scalar(name, value, step)
+            bar.set_postfix(loss=f"{loss:.4f}", psnr=f"{psnr:.2f} dB", refresh=False)
+            late = monotonic() - saved > 60 * save_minutes
+            if (
+                folder is not None
+                and rank == 0
+                and ((step + 1) % save_every == 0 or step + 1 == steps or stopping or late)
+            ):
+                save_checkpoint(folder, run, step + 1, model, optimizer, log, average)
+                saved = monotonic()
+            if stopping:
                 bar.close()
                 raise KeyboardInterrupt(f"stopped after step {step}" + (", saved" if folder is not None else ""))
+    if average:
+        model.load_state_dict(average.module.state_dict())
     model.eval()
-    if folder is not None:
+    if folder is not None and rank == 0:
         model.save(folder / "model.safetensors")
+    if writer:
+        writer.close()
     return log
+
+
+def tensorboard(folder, start):
+    """A writer of TensorBoard events in `folder`, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=start)
+
+
+@contextlib.contextmanager
+def processes(device=None):
+    """Join the other processes where torchrun started this one: yields (device, whether this is the first of them)."""
+    if "LOCAL_RANK" not in os.environ:
+        yield device, True
+        return
+    cuda = torch.cuda.is_available() and device != "cpu"
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield device, dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 class Stop:
@@ -151,24 +246,25 @@ class Stop:
 # --------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(folder, run, step, model, optimizer, log):
-    """Write log.csv and checkpoint.pt (weights, optimizer, step, and the arguments of the run), each whole."""
+def save_checkpoint(folder, run, step, model, optimizer, log, average=None):
+    """Write log.csv and checkpoint.pt (weights, their average, optimizer, step, the run's arguments), each whole."""
     names = list(dict.fromkeys(name for row in log for name in row))
     with whole(folder / "log.csv") as temporary, open(temporary, "w", newline="") as f:
         writer = csv.DictWriter(f, names)
         writer.writeheader()
         writer.writerows(log)
     state = dict(run=run, step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
+    state |= dict(average=average.state_dict()) if average else {}
     with whole(folder / "checkpoint.pt") as temporary:
         torch.save(state, temporary)
 
 
-def resume(folder, run, model, optimizer):
+def resume(folder, run, model, optimizer, average=None):
     """Load checkpoint.pt, if there is one, into model and optimizer; returns (next step, log so far)."""
     path = folder / "checkpoint.pt"
     with whole(folder / ".writable") as temporary:  # a folder that cannot be written is found out now, not at the end
         temporary.touch()
-    (folder / ".writable").unlink()
+    (folder / ".writable").unlink(missing_ok=True)
     if not path.exists():
         return 0, []
     try:
@@ -187,6 +283,8 @@ def resume(folder, run, model, optimizer):
         )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    if average:
+        average.load_state_dict(state["average"])
     log = []
     if (folder / "log.csv").exists():
         with open(folder / "log.csv", newline="") as f:

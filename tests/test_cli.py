@@ -139,6 +139,29 @@ def test_train_then_use_the_weights(tmp_path, photo, capsys):
     assert read(out).shape == (1, 1, 3)
 
 
+def test_torchrun_trains_as_one_process(tmp_path, photo):
+    write(tmp_path / "photos" / "a.png", photo)
+    job = ["--images", str(tmp_path / "photos"), "--steps", "3", "--size", "16", "--count", "4", "--device", "cpu"]
+    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sipl_min"]
+    done = subprocess.run([*together, "train", str(tmp_path / "two"), *job], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1.33 M parameters") == 1, "one of them speaks"
+    assert main(["train", str(tmp_path / "one"), *job]) == 0
+    logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("one", "two")]
+    for a, b in zip(*logs, strict=True):
+        for u, v in zip(a.split(","), b.split(",")):
+            assert u == v or float(u) == pytest.approx(float(v), rel=1e-3)
+
+
+def test_schedules_follow_the_preset(tmp_path, monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr("sipl_min.train.fit", lambda model, images, **options: seen.update(options))
+    assert main(["train", str(tmp_path), "--preset", "paper", "--peak", "3e-4"]) == 0
+    assert (seen["count"], seen["size"], seen["peak"], seen["steps"]) == (32, 128, 3e-4, 660_000)
+    assert main(["train", str(tmp_path), "--preset", "huge"]) == 2
+    assert "unknown preset 'huge'" in capsys.readouterr().err
+
+
 def test_benchmark_prints_measured_beside_published(tmp_path, weights, capsys, monkeypatch):
     monkeypatch.setattr("sipl_min.benchmark.held_out", lambda: {"grey": np.full((32, 32, 3), 99, np.uint8)})
     assert main(["benchmark", "three_task", "--output", str(tmp_path / "b.csv"), *weights]) == 0

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import tiny
 
-from sipl_min import InputError, benchmark, datasets, real
+from sipl_min import InputError, benchmark, data, datasets, real
 from sipl_min.__main__ import main
-from sipl_min.degrade import CDD11
+from sipl_min.degrade import CDD11, COLUMNS
 from sipl_min.files import read, write
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -108,7 +108,7 @@ def test_noise_and_crop_follow_the_protocol(tmp_path):
     """Written out anew: cut to multiples of 16, then one stream of noise from seed 0, clipped, truncated to uint8."""
     make(tmp_path, "CBSD68/a.png", "CBSD68/b.png")
     rng = np.random.RandomState(0)
-    for (column, name, x, y), image in zip(real.images("five_task", datasets.find(tmp_path)), (photo(0), photo(1))):
+    for (column, name, x, y), image in zip(real.images("five_task", real.tests_of(tmp_path)), (photo(0), photo(1))):
         clean = image[2:34, 1:49]
         noisy = np.clip(clean + 25 * rng.randn(*clean.shape), 0, 255).astype(np.uint8)
         assert (column, name[-3:]) == ("CBSD68_25", "png")
@@ -187,6 +187,50 @@ def test_by_command(lol, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_training_takes_pairs_where_there_are_and_makes_the_rest(tmp_path, capsys):
+    for role, names in dict(low=("low", "high"), rain=("rainy", "gt")).items():
+        for i in range(2):
+            clean = photo(i)
+            folder = tmp_path / ("our485" if role == "low" else "Train/Derain")
+            stems = (f"{i}", f"{i}") if role == "low" else (f"rain-{i}", f"norain-{i}")
+            write(folder / names[0] / f"{stems[0]}.png", clean // 2)  # exactly half, so that a crop is known again
+            write(folder / names[1] / f"{stems[1]}.png", clean)
+    made = datasets.training(tmp_path, "five_task")
+    assert {c: len(p) for c, p in made["pairs"].items()} == {"Rain100L": 2, "LOLv1": 2} and len(made["folder"]) == 4
+    images = data.Images(**made)
+    seen = set()
+    for step in range(6):
+        x, y, columns = data.batch(images, step, setting="five_task", size=16, count=8)
+        again = data.batch(images, step, setting="five_task", size=16, count=8)
+        assert torch.equal(x, again[0]) and torch.equal(y, again[1])
+        for a, b, column in zip(x, y, columns):
+            half = ((b * 255).round() // 2 / 255 - a).abs().max() < 1e-6
+            assert half == (column in made["pairs"]), column
+        seen |= {*columns}
+    assert seen == {*COLUMNS["five_task"]}
+    run = [
+        "train",
+        str(tmp_path / "run"),
+        "--data",
+        str(tmp_path),
+        "--setting",
+        "five_task",
+        "--steps",
+        "2",
+        "--size",
+        "16",
+    ]
+    assert main(run) == 0
+    assert "4 clean images; pairs: 2 of Rain100L, 2 of LOLv1" in capsys.readouterr().out
+    write(tmp_path / "our485" / "low" / "2.png", photo(5))
+    write(tmp_path / "our485" / "high" / "2.png", photo(5))
+    assert main(run) == 2
+    assert "belongs to another run" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no training set of cdd11 below"):
+        datasets.training(tmp_path / "empty", "cdd11")
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real images of ../shared/data")
 def test_real_samples():
     found = {f.what.name: f for f in datasets.find(SHARED)}
@@ -194,7 +238,7 @@ def test_real_samples():
     assert datasets.problems(found["CBSD68"]) == datasets.problems(found["BSD400"]) == []
     assert all("the copy is not whole" in datasets.problems(found[n])[0] for n in ("Rain100L", "SOTS-outdoor"))
     inputs = {}
-    for column, _, x, y in real.images("three_task", list(found.values())):
+    for column, _, x, y in real.images("three_task", real.tests_of(SHARED)):
         inputs.setdefault(column, []).append(benchmark.psnr(x, y))
     means = {column: round(float(np.mean(v)), 1) for column, v in inputs.items()}
     assert abs(means["CBSD68_25"] - 20.3) < 0.3, "near 20.3 dB; 20.17 without clipping, which takes noise away"

@@ -1,7 +1,9 @@
 """Training: it learns, it is deterministic, it resumes bit for bit, it stops when told."""
 
+import multiprocessing
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import tifffile
 import torch
 from conftest import tiny
 
-from sipl_min import InputError, train
+from sipl_min import SIPL, InputError, train
 
 FLAT = [np.full((40, 40, 3), v, np.uint8) for v in (60, 120, 200)]
 
@@ -99,6 +101,108 @@ def test_validation_is_logged():
     assert [r["step"] for r in log if "held" in r] == [2, 5, 7]
 
 
+def test_a_batch_in_parts_is_the_same_batch():
+    whole, log = run(count=4)
+    parts, again = run(count=4, accumulate=2)
+    assert torch.allclose(weights(whole), weights(parts), atol=2e-5)
+    for a, b in zip(log, again):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["psnr"] == pytest.approx(b["psnr"], rel=1e-3)
+
+
+def test_the_average_of_the_weights_is_what_comes_out(tmp_path):
+    seen = []
+    averaged, _ = run(tmp_path / "a", ema=0.9, validate=lambda m: seen.append(weights(m)) or {}, validate_every=1)
+    plain, _ = run()
+    assert torch.equal(weights(averaged), seen[-1]) and not torch.equal(weights(averaged), weights(plain))
+    expected, decay = None, 0.9
+    for step in range(1, 9):  # the weights after each step, averaged by hand
+        now = weights(run(steps=8, recipe=stopped(step))[0])
+        expected = now if expected is None else decay * expected + (1 - decay) * now
+    assert torch.allclose(weights(averaged), expected, atol=1e-6)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "b", ema=0.9, recipe=stopped(5, SystemExit))
+    again, _ = run(tmp_path / "b", ema=0.9, recipe="authors")
+    assert torch.equal(weights(again), weights(averaged))
+
+
+def stopped(after, error=None):
+    """The authors' recipe, whose steps behind number `after` change nothing, or raise `error`."""
+    count = []
+
+    def authors(model, x, y):
+        count.append(0)
+        if len(count) > after and error:
+            raise error
+        y = train.authors(model, x, y)
+        if len(count) > after:
+            for p in model.parameters():  # neither gradient nor decay
+                p.requires_grad_(False)
+            return torch.zeros_like(y, requires_grad=True)
+        return y
+
+    return authors
+
+
+def share(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model, log = run(
+        f"{folder}/run", count=4, accumulate=2, ema=0.5, model=tiny(backbone="adair")
+    )  # has unused weights
+    torch.save((weights(model), log), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tmp_path):
+    torch.multiprocessing.spawn(share, (str(tmp_path),), nprocs=2)
+    one, log = run(count=4, ema=0.5, model=tiny(backbone="adair"))
+    for rank in range(2):
+        theirs, again = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.allclose(weights(one), theirs, atol=1e-4)
+        for a, b in zip(log, again):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["gradient"] == pytest.approx(
+                b["gradient"], rel=1e-2
+            )
+    saved = SIPL.load(tmp_path / "run" / "model.safetensors")
+    assert torch.equal(weights(saved), theirs)
+    with pytest.raises(InputError, match="belongs to another run .accumulate=2, now 1"):
+        run(tmp_path / "run", count=4, ema=0.5, model=tiny(backbone="adair"))
+
+
+def life(folder):
+    torch.set_num_threads(1)
+    run(folder, steps=STEPS, count=1, size=8, save_every=2)
+
+
+STEPS = 150
+
+
+def test_killed_at_random_moments_it_ends_the_same(tmp_path):
+    """kill -9, at least twenty times, at any moment, also while a checkpoint is written."""
+    context, rng, kills = multiprocessing.get_context("forkserver"), np.random.default_rng(0), 0
+    context.set_forkserver_preload(["sipl_min.train", "conftest"])
+    while kills < 20:
+        process = context.Process(target=life, args=(tmp_path / "b",))
+        process.start()
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "b" / "log.csv").exists() and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)  # the first life gets far enough to have something to lose
+        process.join(rng.uniform(0.2, 0.8))
+        if process.exitcode is not None:
+            assert process.exitcode == 0
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the lives before
+    resumed, again = run(tmp_path / "b", steps=STEPS, count=1, size=8, save_every=2)
+    unbroken, log = run(steps=STEPS, count=1, size=8)
+    torch.set_num_threads(threads)
+    assert torch.equal(weights(unbroken), weights(resumed)) and again == log
+    assert kills >= 20
+
+
 def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
     def broken(model, x, y, count=[]):  # noqa: B006
         count.append(0)
@@ -120,6 +224,10 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
         (dict(size=20), "size=20 must be a positive whole number, a multiple of 8"),
         (dict(count=1.5), "count=1.5"),
         (dict(save_every=0), "save_every=0 must be a positive whole number"),
+        (dict(accumulate=0), "accumulate=0 must be a positive whole number"),
+        (dict(accumulate=2, count=3), "count=3 must be a multiple of 1 processes times accumulate=2"),
+        (dict(ema=1.0), "ema=1.0 must be at least 0 and below 1"),
+        (dict(save_minutes=0), "save_minutes=0 must be a positive number"),
         (dict(seed=-1), "seed=-1 must be a whole number >= 0"),
         (dict(peak=-1.0), "peak=-1.0 must be a positive number"),
         (dict(peak=float("nan")), "peak=nan must be a positive number"),
