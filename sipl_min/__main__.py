@@ -76,7 +76,8 @@ def main(arguments=None):
                 "or, as setting, speed: time and memory against the naive path, in one run.")  # fmt: skip
     c.add_argument("setting", help=f"{', '.join(SETTINGS)}, all, or speed")
     weights(c)
-    c.add_argument("--output", default=None, help="a CSV file with one line per column, photo and estimate")
+    c.add_argument("--output", default=None, help="a CSV file with one line per column, photo and estimate; beside it "
+                   "the tables as .md and a figure as .png")  # fmt: skip
     c.add_argument("--seed", type=int, default=0, help="of the degradations (default: %(default)s)")
     speed_options = c.add_argument_group("for speed only")
     speed_options.add_argument("--presets", nargs="+", default=["nano", "small"], help="(default: nano small)")
@@ -87,6 +88,8 @@ def main(arguments=None):
     speed_options.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: %(default)s)")
     c.add_argument("--draws", type=int, default=1, help="how often each photo is degraded anew (default: %(default)s)")
 
+    c.add_argument("--against", default=None, help="a second model, e.g. the plain backbone of equal training, to see "
+                   "what refinement gains over it")  # fmt: skip
     c.add_argument("--data", default=None, help="a folder with the real data sets: measure on those, as published")
     c.add_argument("--save", default=None, help="with --data, a folder for the restored images")
 
@@ -123,12 +126,16 @@ def load(options):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"device {device!r} cannot be used here: choose cpu, or leave --device out") from e
-    path = options.weights or asset("nano.safetensors")
-    published = Path(path).suffix in (".ckpt", ".pt", ".pth")
-    model = from_published(path).to(device) if published else SIPL.load(path, device)
+    options.device = device
+    model = open_model(options.weights or asset("nano.safetensors"), options)
     if options.steps is None:
         options.steps = int(model.settings.fusion)
     return model
+
+
+def open_model(path, options):
+    published = Path(path).suffix in (".ckpt", ".pt", ".pth")
+    return from_published(path).to(options.device) if published else SIPL.load(path, options.device)
 
 
 # One row of the demo each: photo, column of the setting by its place in the published order (from the end).
@@ -254,8 +261,11 @@ def show_data(options):
 def run_speed(options):
     show.without_screen()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = speed.measure(options.presets, options.sizes, options.T, options.repeats, device)
-    print(speed.table(rows))
+    rows = []
+    print(speed.HEAD)
+    for row in speed.measure(options.presets, options.sizes, options.T, options.repeats, device):
+        tqdm.write(speed.line(row))
+        rows.append(row)
     print(f"medians of {options.repeats} alternating runs on {device}; memory: peak above the weights, each in its own "
           f"process;\na large matrix product reaches {speed.matrix_rate(device):.0f} GFLOP/s here; differ: "
           "max |ours - naive| / max |naive|")  # fmt: skip
@@ -273,13 +283,16 @@ def run_benchmark(options):
     model, rows = load(options), []
     if options.data and options.output and len(settings) > 1:
         raise InputError("with --data, --output takes one setting at a time, so that an interrupted run can go on")
-    text = []
+    against = open_model(options.against, options) if options.against else None
+    text, parts = [], {}
     for setting in settings:
         if options.data:
-            part, notes = real.evaluate(model, setting, options.data, options.steps, options.output, options.save)
+            part, notes = real.evaluate(model, setting, options.data, options.steps, options.output, options.save,
+                                        against=against)  # fmt: skip
             print(f"\n{setting}: the data sets below {options.data}, published protocol\n")
         else:
-            part = benchmark.evaluate(model, setting, options.steps, seed=options.seed, draws=options.draws)
+            part = benchmark.evaluate(model, setting, options.steps, seed=options.seed, draws=options.draws,
+                                      against=against)  # fmt: skip
             notes = benchmark.missing(setting)
             print(f"\n{setting}: embedded held-out photos, synthetic degradations, middle 256 x 256 pixels\n")
         if part:
@@ -289,12 +302,15 @@ def run_benchmark(options):
         for line in notes:
             print(f"not measured here: {line}" if not options.data else f"note: {line}")
         rows += part
+        parts |= {setting: part} if part else {}
     if not rows:
         raise InputError(f"nothing of {options.setting} can be measured with what lies below {options.data!r}")
     if options.output:
         benchmark.write_csv(rows, options.output)
         with whole(Path(options.output).with_suffix(".md")) as temporary:
             temporary.write_text("\n".join(text))
+        show.without_screen()
+        show.save(show.gains(parts), Path(options.output).with_suffix(".png"))
 
 
 if __name__ == "__main__":

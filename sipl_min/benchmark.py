@@ -1,10 +1,12 @@
 """PSNR and SSIM of a model on every column of a setting, and the published tables to read beside them."""
 
 import csv
+import functools
 import json
 import zlib
 
 import numpy as np
+import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
@@ -27,7 +29,8 @@ REAL = {
 
 def psnr(y, clean):
     """Peak signal-to-noise ratio in dB of two tensors (1, 3, H, W) in [0, 1], as scikit-image computes it."""
-    return float(peak_signal_noise_ratio(*pictures(clean, y), data_range=1))
+    with np.errstate(divide="ignore"):  # infinite for equal images
+        return float(peak_signal_noise_ratio(*pictures(clean, y), data_range=1))
 
 
 def ssim(y, clean):
@@ -63,11 +66,45 @@ def pair(photo, setting, column, seed=0, device="cpu"):
     return x.to(device), y.to(device)
 
 
-def evaluate(model, setting, steps=1, photos=None, size=256, seed=0, draws=1, progress=True):
+def estimates(model, x, steps, against=None):
+    """What is measured for one image: its name -> (1, 3, H, W)."""
+    on = x.to(next(model.parameters()))
+    found = {"input": x}
+    if against is not None:
+        found["backbone"] = against.refine(on.to(next(against.parameters())), 0)
+    return found | {f"y{t}": e for t, e in enumerate(model.refine(on, steps, return_all=True))}
+
+
+def scores(found, clean):
+    """name -> estimate, and the clean image -> one dict for each, with psnr (dB), ssim and, if installed, lpips."""
+    rows, perceptual = [], lpips_network()
+    for estimate, e in found.items():
+        row = dict(estimate=estimate, psnr=psnr(e, clean), ssim=ssim(e, clean))
+        if perceptual:
+            with torch.no_grad():
+                a, b = (t.detach().float().cpu().clamp(0, 1) * 2 - 1 for t in (e, clean))
+                row["lpips"] = float(perceptual(a, b))
+        rows.append(row)
+    return rows
+
+
+@functools.cache
+def lpips_network():
+    """LPIPS (Zhang et al. 2018, AlexNet), where the user has installed it with its weights; else None."""
+    try:
+        import lpips
+
+        return lpips.LPIPS(net="alex", verbose=False).eval()
+    except Exception:  # not there, or its weights are not
+        return None
+
+
+def evaluate(model, setting, steps=1, photos=None, size=256, seed=0, draws=1, progress=True, against=None):
     """Measure input, y0, ..., y_T on every column of a setting.
 
     Args:
         model: a `SIPL`; steps: T, how often to refine (0 for a plain backbone).
+        against: a second model, measured once (T = 0) under the name "backbone", to see what refinement gains.
         photos: name -> (H, W, 3) array; default the embedded held-out photos, their middle `size` pixels.
         draws: how often each photo is degraded anew, with the seeds seed, seed + 1, ...
     Returns one dict per column, photo, draw and estimate, with its psnr (dB) and ssim; clamped to [0, 1] first.
@@ -82,11 +119,8 @@ def evaluate(model, setting, steps=1, photos=None, size=256, seed=0, draws=1, pr
         for name, photo in photos.items():
             for draw in range(seed, seed + draws):
                 x, y = pair(centre(photo, size), setting, column, draw, device)
-                estimates = {"input": x}
-                estimates |= {f"y{t}": e for t, e in enumerate(model.refine(x, steps, return_all=True))}
-                for estimate, e in estimates.items():
-                    rows.append(dict(setting=setting, column=column, photo=name, seed=draw, estimate=estimate,
-                                     psnr=psnr(e, y), ssim=ssim(e, y)))  # fmt: skip
+                about = dict(setting=setting, column=column, photo=name, seed=draw)
+                rows += [about | row for row in scores(estimates(model, x, steps, against), y)]
     return rows
 
 
@@ -115,6 +149,9 @@ def cells(rows, setting, value="psnr", methods=("input", "PromptIR", "AdaIR", "S
     """
     digits = 2 if value == "psnr" else 3
     measured, theirs = average(rows, value), published(setting, value)
+    if "backbone" in measured:
+        last = list(measured)[-1]
+        measured[f"{last} - backbone"] = {c: n - measured["backbone"][c] for c, n in measured[last].items()}
     theirs = {f"{m}*": theirs[m] for m in methods if any(theirs.get(m, {}).values())}
     columns = list(next(iter(measured.values())))
     lines = [[value.upper(), *measured, *theirs]]

@@ -1,7 +1,7 @@
 """The published protocol on the real data sets: pairs from files, every image measured once, also across a stop."""
 
 import contextlib
-import csv
+import json
 import zlib
 from pathlib import Path
 
@@ -9,11 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from . import datasets
-from .benchmark import centre, psnr, ssim, write_csv
+from .benchmark import centre, estimates, scores, write_csv
 from .degrade import CDD11, COLUMNS, check_setting
 from .files import InputError, from_tensor, read, to_tensor, whole, write
-
-FIELDS = ("setting", "column", "photo", "seed", "estimate", "psnr", "ssim", "weights")
 
 
 def pair(column, x, y, rng):
@@ -60,66 +58,64 @@ def missing(setting, found, root):
                 yield f"{column}: {count} images instead of {right}, so not the published test set"
 
 
-def evaluate(model, setting, root, steps=1, output=None, save=None, progress=True):
+def evaluate(model, setting, root, steps=1, output=None, save=None, progress=True, against=None):
     """Measure input, y0, ..., y_T on the data sets below `root`; rows as those of `benchmark.evaluate`.
 
     Args:
         output: a CSV file. Until it is complete its lines are kept beside it, in `.part`; an interrupted run goes on.
-        save: a folder for the restored images y_T, one folder for each column.
+        save: a folder for the restored images y_T, one folder for each column. against: as in `benchmark.evaluate`.
     Returns (rows, sentences): what is measured, and what of the setting is not, or not on the published images.
     """
     check_setting(setting)
     found, rows = tests_of(root), []
-    log = Log(output, model, setting, steps)
+    log = Log(output, [model] + [against] * (against is not None), setting, steps)
     counts = sum(len(f.of(c)) for c in COLUMNS[setting] for f in found if c in f.what.columns)
     for column, name, x, clean in tqdm(images(setting, found), total=counts, unit="image", disable=not progress):
         if (column, name) not in log.done:
-            first = next(model.parameters())
-            estimates = model.refine(x.to(first), steps, return_all=True)
-            scores = {"input": x} | {f"y{t}": e for t, e in enumerate(estimates)}
-            log.add([dict(setting=setting, column=column, photo=name, seed=0, estimate=estimate, psnr=psnr(e, clean),
-                          ssim=ssim(e, clean), weights=log.weights) for estimate, e in scores.items()])  # fmt: skip
+            found_here = estimates(model, x, steps, against)
+            about = dict(setting=setting, column=column, photo=name, seed=0)
+            log.add([about | row | dict(weights=log.weights) for row in scores(found_here, clean)])
             if save:
                 like = np.empty((*clean.shape[-2:], 3), np.uint8)
-                write((Path(save) / column / name).with_suffix(".png"), from_tensor(estimates[-1], like))
+                restored = from_tensor(found_here[f"y{steps}"], like)
+                write((Path(save) / column / name).with_suffix(".png"), restored)
         rows += log.done[column, name]
     log.finish(rows)
     return rows, list(missing(setting, found, root))
 
 
 class Log:
-    """What is measured so far: (column, photo) -> its rows, also in `output.part`, one line a row."""
+    """What is measured so far: (column, photo) -> its rows, also in `output.part`, one line an image."""
 
-    def __init__(self, output, model, setting, steps):
+    def __init__(self, output, models, setting, steps):
         self.output, self.path = output, Path(f"{output}.part") if output else None
-        self.weights, self.done = f"{fingerprint(model):08x}", {}
+        self.weights, self.done = f"{fingerprint(*models):08x}", {}
         if self.path and self.path.exists():
-            self.resume(setting, ["input", *(f"y{t}" for t in range(steps + 1))])
+            self.resume(setting, ["input"] + ["backbone"] * (len(models) - 1) + [f"y{t}" for t in range(steps + 1)])
 
     def resume(self, setting, wanted):
-        """Take over the images of which all rows are there. A line that was cut short counts as none."""
-        kept = {}
-        with open(self.path, newline="") as f:
-            for row in csv.DictReader(f, FIELDS):
-                if None in row or None in row.values() or len(row["weights"]) != 8:
-                    continue
-                if (row["weights"], row["setting"]) != (self.weights, setting):
-                    raise InputError(f"{str(self.path)!r} was begun with other weights or another setting: delete it, "
-                                     "or pass another --output")  # fmt: skip
-                row |= dict(seed=int(row["seed"]), psnr=float(row["psnr"]), ssim=float(row["ssim"]))
-                kept.setdefault((row["column"], row["photo"]), {})[row["estimate"]] = row
-        self.done = {key: [k[w] for w in wanted] for key, k in kept.items() if all(w in k for w in wanted)}
-        with whole(self.path) as temporary, open(temporary, "w", newline="") as f:
-            for rows in self.done.values():
-                csv.DictWriter(f, FIELDS).writerows(rows)
+        """Take over the images of which all is there. A line that was cut short counts as none."""
+        for line in self.path.read_text().splitlines():
+            with contextlib.suppress(ValueError, KeyError):
+                rows = json.loads(line)
+                if (rows[0]["weights"], rows[0]["setting"]) != (self.weights, setting):
+                    break
+                kept = {row["estimate"]: row for row in rows}
+                self.done[rows[0]["column"], rows[0]["photo"]] = [kept[w] for w in wanted]
+        else:
+            with whole(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(rows) + "\n" for rows in self.done.values()))
+            return
+        raise InputError(f"{str(self.path)!r} was begun with other weights or another setting: delete it, or pass "
+                         "another --output")  # fmt: skip
 
     def add(self, rows):
         self.done[rows[0]["column"], rows[0]["photo"]] = rows
         if self.path:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "a", newline="") as f:
-                    csv.DictWriter(f, FIELDS).writerows(rows)
+                with open(self.path, "a") as f:
+                    f.write(json.dumps(rows) + "\n")
             except OSError as e:
                 raise InputError(f"cannot write {str(self.path)!r}: {e.strerror}") from e
 
@@ -130,9 +126,9 @@ class Log:
                 self.path.unlink()
 
 
-def fingerprint(model):
+def fingerprint(*models):
     """A number that changes with the weights."""
     crc = 0
-    for t in model.state_dict().values():
+    for t in (t for model in models for t in model.state_dict().values()):
         crc = zlib.crc32(t.detach().float().cpu().numpy().tobytes(), crc)
     return crc

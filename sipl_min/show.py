@@ -4,7 +4,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from .benchmark import psnr, ssim
+from .benchmark import average, psnr, ssim
 from .files import whole
 
 
@@ -61,6 +61,33 @@ def estimates_row(x, estimates, y, name):
     last = len(estimates) - 1
     row += [(f"$|\\hat y_{{{t}}} - y|$", error(estimates[t], y)) for t in sorted({0, last})]
     return row
+
+
+def gains(measured):
+    """Bars: the gain in PSNR of each estimate over the input, by setting and column. measured: setting -> rows."""
+    from matplotlib import pyplot as plt
+
+    means = {setting: average(rows) for setting, rows in measured.items()}
+    counts = [len(m["input"]) - 1 for m in means.values()]
+    figure, axes = plt.subplots(1, len(means), figsize=(2 + 0.45 * sum(counts), 3.6), width_ratios=counts, sharey=True,
+                                squeeze=False, layout="constrained")  # fmt: skip
+    for ax, (setting, m) in zip(axes.flat, means.items()):
+        columns, names = list(m["input"])[:-1], [n for n in m if n != "input"]
+        for k, name in enumerate(names):
+            label = rf"$\hat y_{{{name[1:]}}}$" if name[0] == "y" else name
+            gain = [m[name][c] - m["input"][c] for c in columns]
+            ax.bar(
+                np.arange(len(columns)) + (k - (len(names) - 1) / 2) * 0.8 / len(names),
+                gain,
+                0.8 / len(names),
+                label=label,
+            )
+        ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
+        ax.set_title(setting, fontsize=10)
+        ax.axhline(0, color="k", lw=0.8)
+    axes[0, 0].set_ylabel("PSNR over the input (dB)")
+    axes[0, -1].legend(fontsize=8)
+    return figure
 
 
 def save(figure, path):

@@ -210,36 +210,34 @@ def matrix_rate(device, n=2048, repeats=10):
 
 
 def measure(presets, sizes, steps, repeats=3, device=None, progress=True):
-    """One dict for each preset, T (or "train") and size: seconds, bytes and ratios."""
+    """Yields one dict for each preset, T (or "train") and size: seconds, bytes and ratios."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for preset in presets:
         choose(preset)
     for name, values, least in (("size", sizes, 8), ("repeats", [repeats], 1)):
         if any(value < least for value in values):
             raise InputError(f"{name}={min(values)} is too small: it must be at least {least}")
-    rows = []
     for preset, t, size in tqdm([(p, t, s) for p in presets for t in steps for s in sizes], disable=not progress):
         row = dict(preset=preset, T=t, size=size) | time(preset, size, t, repeats, device)
         for kind in ("ours", "naive"):
             row["bytes" if kind == "ours" else "naive_bytes"] = peak(preset, size, t, kind, device)
-        rows.append(row)
-    return rows
+        yield row
 
 
-def table(rows):
-    """The rows of `measure` as text."""
-    lines = [f"{'preset':8s}{'T':>6s}{'size':>6s} | {'naive':>9s}{'ours':>9s}{'faster':>8s}  {'(range)':14s}| "
-             f"{'naive':>9s}{'ours':>9s}{'less':>7s} | {'GFLOP/s':>8s}{'differ':>9s}"]  # fmt: skip
-    for r in rows:
-        many, few = r["naive_bytes"], r["bytes"]
-        mega = ["-" if b is None else f"{b / 2**20:.0f} MB" for b in (many, few)]
-        less = f"{many / few:.1f}x" if many and few else "-"
-        spread = f"({r['least']:.2f}-{r['most']:.2f})"
-        rate = f"{r['gflops']:.0f}" if r["gflops"] else "-"
-        lines.append(f"{r['preset']:8s}{r['T']!s:>6s}{r['size']:6d} | {r['naive_seconds']:7.2f} s{r['seconds']:7.2f} s"
-                     f"{r['faster']:7.2f}x  {spread:14s}| {mega[0]:>9s}{mega[1]:>9s}{less:>7s} | "
-                     f"{rate:>8s}{r['difference']:9.1e}")  # fmt: skip
-    return "\n".join(lines)
+HEAD = (f"{'preset':8s}{'T':>6s}{'size':>6s} | {'naive':>9s}{'ours':>9s}{'faster':>8s}  {'(range)':14s}| "
+        f"{'naive':>9s}{'ours':>9s}{'less':>7s} | {'GFLOP/s':>8s}{'differ':>9s}")  # fmt: skip
+
+
+def line(r):
+    """A row of `measure` as text, to stand below `HEAD`."""
+    many, few = r["naive_bytes"], r["bytes"]
+    mega = ["-" if b is None else f"{b / 2**20:.0f} MB" for b in (many, few)]
+    less = f"{many / few:.1f}x" if many and few else "-"
+    spread = f"({r['least']:.2f}-{r['most']:.2f})"
+    rate = f"{r['gflops']:.0f}" if r["gflops"] else "-"
+    return (f"{r['preset']:8s}{r['T']!s:>6s}{r['size']:6d} | {r['naive_seconds']:7.2f} s{r['seconds']:7.2f} s"
+            f"{r['faster']:7.2f}x  {spread:14s}| {mega[0]:>9s}{mega[1]:>9s}{less:>7s} | "
+            f"{rate:>8s}{r['difference']:9.1e}")  # fmt: skip
 
 
 def exponent(rows, value):

@@ -1,5 +1,6 @@
 """The public data sets: made-up copies in every layout are found, counted, paired and measured by the protocol."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -163,9 +164,31 @@ def test_an_interrupted_benchmark_goes_on(lol, tmp_path, cut, monkeypatch):
     rows, _ = real.evaluate(model, "five_task", lol, 1, out, progress=False)
     assert rows == expected and len(calls) == 3 + (3 if cut else 2)
     assert not part.exists() and len(out.read_text().splitlines()) == 1 + len(expected)
-    part.write_text("five_task,LOLv1,0.png,0,y0,1.0,1.0,00000000\n")
+    part.write_text(json.dumps([dict(weights="00000000", setting="five_task")]) + "\n")
     with pytest.raises(InputError, match="begun with other weights"):
         real.evaluate(model, "five_task", lol, 1, out, progress=False)
+
+
+def test_a_second_model_shows_what_refinement_gains(lol, tmp_path):
+    model, plain = tiny(), tiny(fusion=False)
+    rows, _ = real.evaluate(model, "five_task", lol, 1, tmp_path / "r.csv", progress=False, against=plain)
+    assert [r["estimate"] for r in rows[:4]] == ["input", "backbone", "y0", "y1"]
+    x, y = real.pair("LOLv1", lol / "lol/test/low/0.png", lol / "lol/test/high/0.png", None)
+    row = next(r for r in rows if (r["photo"], r["estimate"]) == ("0.png", "backbone"))
+    assert row["psnr"] == benchmark.psnr(plain(x), y)
+    means = benchmark.average(rows)
+    lines, _ = benchmark.cells(rows, "five_task")
+    assert lines[0][5] == "y1 - backbone"
+    assert float(lines[-1][5]) == pytest.approx(means["y1"]["average"] - means["backbone"]["average"], abs=0.006)
+    embedded = benchmark.evaluate(model, "three_task", 1, dict(a=photo(0)), progress=False, against=plain)
+    assert {r["estimate"] for r in embedded} == {"input", "backbone", "y0", "y1"}
+
+
+def test_lpips_is_measured_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(benchmark, "lpips_network", lambda: lambda a, b: (a - b).abs().mean())
+    rows = benchmark.evaluate(tiny(), "three_task", 0, dict(a=photo(0)), progress=False)
+    x, y = benchmark.pair(benchmark.centre(photo(0)), "three_task", "SOTS")
+    assert rows[0]["lpips"] == pytest.approx(2 * float((x - y).abs().mean()), rel=1e-5)
 
 
 def test_by_command(lol, tmp_path, capsys):
@@ -177,6 +200,10 @@ def test_by_command(lol, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "published protocol" in out and "note: SOTS: no data set" in out and "PromptIR*" in out
     assert "# five_task" in (tmp_path / "r.md").read_text() and (tmp_path / "r.csv").exists()
+    assert (tmp_path / "r.png").stat().st_size > 5000
+    tiny(fusion=False).save(tmp_path / "plain.safetensors")
+    assert main(["benchmark", "five_task", *job, "--against", str(tmp_path / "plain.safetensors")]) == 0
+    assert "y1 - backbone" in capsys.readouterr().out
     for arguments, message in (
         (["benchmark", "cdd11", *job], "nothing of cdd11 can be measured"),
         (["benchmark", "all", *job, "--output", "r.csv"], "--output takes one setting at a time"),
