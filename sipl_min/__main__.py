@@ -65,6 +65,7 @@ def main(arguments=None):
         small, large = train.SCHEDULES["nano"][name], train.SCHEDULES["paper"][name]
         c.add_argument(f"--{name}", type=kind, help=f"{text} (default: {small}; preset paper: {large})")
     for name, value, text in (("seed", 0, "of everything random"), ("save-every", 100, "steps between checkpoints"),
+                              ("validate-every", 0, "log PSNR of the embedded held-out photos every so many steps"),
                               ("accumulate", 1, "work on a batch in so many parts, for lack of memory")):  # fmt: skip
         c.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: %(default)s)")
     c.add_argument("--save-minutes", type=float, default=10, help="and minutes (default: %(default)s)")
@@ -101,7 +102,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         return options.function(options) or 0
-    except (InputError, FloatingPointError) as e:
+    except (InputError, FloatingPointError, OSError) as e:  # OSError: of paths that the system does not take
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
@@ -121,12 +122,9 @@ def weights(c):
 
 def load(options):
     """The model of --weights, and --steps T checked."""
-    device = getattr(options, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"device {device!r} cannot be used here: choose cpu, or leave --device out") from e
-    options.device = device
+    options.device = train.usable(getattr(options, "device", None))
+    if options.steps is not None and options.steps < 0:
+        raise InputError(f"--steps must be a whole number >= 0, not {options.steps}")
     model = open_model(options.weights or asset("nano.safetensors"), options)
     if options.steps is None:
         options.steps = int(model.settings.fusion)
@@ -165,6 +163,8 @@ def demo(options):
 def restore(options):
     source, target = Path(options.input), Path(options.output)
     if source.is_dir():
+        if target.is_file():
+            raise InputError(f"{str(target)!r} is a file: name a folder for the restored photos")
         found, out = find_photos(source), target.resolve()
         if source.resolve() in out.parents:  # what was restored earlier is not restored again
             found = [p for p in found if out not in p.resolve().parents]
@@ -240,6 +240,8 @@ def train_model(options):
             print(f"{options.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
         check_setting(options.setting)
         images = options.images
+        if options.data and options.images:
+            raise InputError("--images and --data are two sources: pass one of them")
         if options.data:
             images = data.Images(**datasets.training(options.data, options.setting), cache=2**33)
             if first:
@@ -248,6 +250,13 @@ def train_model(options):
         schedule = train.SCHEDULES[options.preset]
         schedule = {name: value if getattr(options, name) is None else getattr(options, name)
                     for name, value in schedule.items()}  # fmt: skip
+
+        def validate(model):
+            rows = benchmark.evaluate(model, options.setting, int(model.settings.fusion), size=128, progress=False)
+            return {f"held_out_{e}": means["average"] for e, means in benchmark.average(rows).items()}
+
+        every = options.validate_every
+        schedule |= dict(validate=validate, validate_every=every) if every else {}
         names = ("setting", "recipe", "seed", "save_every", "save_minutes", "accumulate", "ema", "folder")
         train.fit(model, images, device=device, **schedule, **{name: getattr(options, name) for name in names})
         if first:
@@ -277,6 +286,8 @@ def run_speed(options):
 
 
 def run_benchmark(options):
+    if options.output:
+        benchmark.check_table(options.output)
     if options.setting == "speed":
         return run_speed(options)
     settings = list(SETTINGS) if options.setting == "all" else [options.setting]

@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -201,9 +202,29 @@ def missing(setting):
             for (name, paper), counts in needed.items()]  # fmt: skip
 
 
+def check_table(path):
+    """Raise InputError, before any work is done, where rows cannot be written under this name."""
+    if Path(path).suffix != ".csv" or Path(path).is_dir() or Path(f"{path}.part").is_dir():
+        raise InputError(f"cannot write a table to {str(path)!r}: pass the name of a file that ends in .csv")
+
+
 def write_csv(rows, path):
     """Write the rows of `evaluate`, whole or not at all."""
+    check_table(path)
     with whole(path) as temporary, open(temporary, "w", newline="") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
+        writer = csv.DictWriter(f, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path):
+    """The rows that `write_csv` wrote. Raises InputError where the file is not one of its."""
+    try:
+        with open(path, newline="") as f:
+            rows = list(csv.DictReader(f))
+        for row in rows:
+            row |= {name: float(row[name]) for name in ("psnr", "ssim", "lpips") if row.get(name)}
+            row["seed"] = int(row["seed"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{str(path)!r} holds no rows of a benchmark: pass a file that --output wrote") from e
+    return rows

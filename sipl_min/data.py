@@ -87,7 +87,8 @@ class Images:
     """
 
     def __init__(self, folder=None, leaves=48, seed=0, cache=2**31, pairs=None):
-        self.cache, self.kept, self.depths, self.pairs = cache, {}, {}, pairs or {}
+        self.cache, self.kept, self.depths = cache, {}, {}
+        self.pairs = {column: several for column, several in (pairs or {}).items() if several}
         if folder is None:
             files = [installed(name) for name in TRAINING]
             self.depths[TRAINING.index("motorcycle_left.png")] = motorcycle_distance()
@@ -96,6 +97,9 @@ class Images:
             files, made = find_photos(folder), []
         else:
             files = [Path(image) for image in folder if isinstance(image, (str, os.PathLike))]
+            for path in files:
+                if not path.is_file():
+                    raise InputError(f"no file {str(path)!r}: check the path")
             made = [image for image in folder if not isinstance(image, (str, os.PathLike))]
             made = [(to_tensor(np.asarray(image))[0] * 255).round().byte() for image in made]
             if not files and not made:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .degrade import CDD11, COLUMNS
+from .degrade import CDD11, COLUMNS, check_setting
 from .files import PHOTOS, InputError
 
 INPUTS = ("input", "rainy", "rain", "hazy", "synthetic", "blur", "low", "data", "lq")
@@ -21,13 +21,14 @@ class DataSet:
     name: str
     role: str  # "train" or "test"
     count: int  # pairs, or clean images
-    where: str  # pattern that the folder's path matches, in lower case
+    where: str  # names by which a folder is known
     columns: tuple  # of the tables that it is the test or the training for
     paper: str
     page: str
     clean: bool = False  # clean images only: their degradation is made here
     clear: int = None  # distinct targets, where fewer than inputs
     other: tuple = ()  # (count, what a copy of this size is)
+    place: str = None  # where below the root to put it, if not simply under its name
 
 
 RESIDE = "RESIDE, Li et al. 2019", "sites.google.com/view/reside-dehaze-datasets"
@@ -41,32 +42,37 @@ NEW_RAIN = "the newer version of Rain100L, with which these tables do not compar
 WEATHER = ("Snow100K-S", "Snow100K-L", "Outdoor-Rain", "RainDrop")
 NOISE = ("CBSD68_15", "CBSD68_25", "CBSD68_50")
 
-# The first whose pattern fits a folder and whose role fits its words takes it.
+# Names that a part of the path has, in lower case, whole words; behind "=" the word for a task, which counts only as
+# the name of the very folder that holds the images. The deepest part that tells wins, then the order of this list.
 SETS = (
-    DataSet("CBSD68", "test", 68, r"c?bsd(s)?68", NOISE, *BSD, clean=True),
-    DataSet("BSD400", "train", 400, r"bsd(s)?400", (), *BSD, clean=True),
-    DataSet("WED", "train", 4744, r"wed|waterloo", (), "WED, Ma et al. 2017", "ece.uwaterloo.ca/~k29ma/exploration",
-            clean=True),
-    DataSet("BSD400 + WED", "train", 5144, r"denoise", (), "BSD400 and WED in one folder, as AirNet has them", BSD[1],
-            clean=True),
-    DataSet("Rain100L", "test", 100, r"rain100l|derain", ("Rain100L",), *JORDER, other=(200, NEW_RAIN)),
-    DataSet("Rain100L", "train", 200, r"rain100l|derain", ("Rain100L",), *JORDER, other=(1800, NEW_RAIN)),
-    DataSet("SOTS-outdoor", "test", 500, r"sots|dehaze|outdoor(?!.?rain)", ("SOTS",), *RESIDE, clear=492),
-    DataSet("OTS", "train", 72135, r"ots|dehaze|outdoor(?!.?rain)", ("SOTS",), *RESIDE, clear=2061),
-    DataSet("GoPro", "test", 1111, r"gopro|deblur", ("GoPro",), *DEEPDEBLUR),
-    DataSet("GoPro", "train", 2103, r"gopro|deblur", ("GoPro",), *DEEPDEBLUR),
-    DataSet("LOL-v1", "test", 15, r"lol|enhance|eval15|low.?light", ("LOLv1",), *RETINEX),
-    DataSet("LOL-v1", "train", 485, r"lol|enhance|our485|low.?light", ("LOLv1",), *RETINEX),
-    DataSet("CDD-11", "test", 2200, r"", tuple(CDD11), *ONERESTORE, clear=200),
-    DataSet("CDD-11", "train", 13013, r"", tuple(CDD11), *ONERESTORE, clear=1183),
-    DataSet("Snow100K-S", "test", 16611, r"snow100k.?s\b", ("Snow100K-S",), *DESNOW),
-    DataSet("Snow100K-L", "test", 16801, r"snow100k.?l\b", ("Snow100K-L",), *DESNOW),
-    DataSet("Outdoor-Rain", "test", 750, r"test1|outdoor.?rain", ("Outdoor-Rain",), "Li, Cheong & Tan 2019",
+    DataSet("CBSD68", "test", 68, r"c?bsds?68", NOISE, *BSD, clean=True),
+    DataSet("BSD400", "train", 400, r"bsds?400", (), *BSD, clean=True),
+    DataSet("WED", "train", 4744, r"wed|waterloo[a-z]*", (), "WED, Ma et al. 2017",
+            "ece.uwaterloo.ca/~k29ma/exploration", clean=True),
+    DataSet("BSD400 + WED", "train", 5144, r"=denoise", (), "BSD400 and WED in one folder, as AirNet has them", BSD[1],
+            clean=True, place="Train/Denoise"),
+    DataSet("RainDrop", "test", 58, r"(de)?rain.?drop", ("RainDrop",), "Qian et al. 2018",
+            "github.com/rui1996/DeRaindrop"),
+    DataSet("Outdoor-Rain", "test", 750, r"outdoor.?(heavy.?)?rain|=test1", ("Outdoor-Rain",), "Li, Cheong & Tan 2019",
             "github.com/liruoteng/HeavyRainRemoval"),
-    DataSet("RainDrop", "test", 58, r"rain.?drop", ("RainDrop",), "Qian et al. 2018", "github.com/rui1996/DeRaindrop"),
     DataSet("AllWeather", "train", 18069, r"all.?weather", WEATHER, "TransWeather, Valanarasu et al. 2022",
             "github.com/jeya-maria-jose/TransWeather"),
+    DataSet("Rain100L", "test", 100, r"rain100l|=derain", ("Rain100L",), *JORDER, other=(200, NEW_RAIN)),
+    DataSet("Rain100L", "train", 200, r"rain100l|=derain", ("Rain100L",), *JORDER, other=(1800, NEW_RAIN)),
+    DataSet("SOTS-outdoor", "test", 500, r"sots|outdoor|=dehaze", ("SOTS",), *RESIDE, clear=492),
+    DataSet("OTS", "train", 72135, r"ots|outdoor|=dehaze", ("SOTS",), *RESIDE, clear=2061),
+    DataSet("GoPro", "test", 1111, r"gopro[a-z]*|=deblur", ("GoPro",), *DEEPDEBLUR),
+    DataSet("GoPro", "train", 2103, r"gopro[a-z]*|=deblur", ("GoPro",), *DEEPDEBLUR),
+    DataSet("LOL-v1", "test", 15, r"lol(v1|.?dataset)?|eval15|=enhance", ("LOLv1",), *RETINEX),
+    DataSet("LOL-v1", "train", 485, r"lol(v1|.?dataset)?|our485|=enhance", ("LOLv1",), *RETINEX),
+    DataSet("CDD-11", "test", 2200, r"", tuple(CDD11), *ONERESTORE, clear=200),
+    DataSet("CDD-11", "train", 13013, r"", tuple(CDD11), *ONERESTORE, clear=1183),
+    DataSet("Snow100K-S", "test", 16611, r"snow100k.?s", ("Snow100K-S",), *DESNOW),
+    DataSet("Snow100K-L", "test", 16801, r"snow100k.?l", ("Snow100K-L",), *DESNOW),
 )  # fmt: skip
+# What lies beside those in the same collections and is another data set.
+OTHERS = (r"indoor|hide|realblur[a-z]*|rain(100h|800|1200|1400|12600)|test(100|1200|2800)|test.?b|noisy\d*|lol.?v2|"
+          r"kodak\d*|urban\d*|mcmaster|sidd|dnd|(nh|dense).?haze|blur.gamma")  # fmt: skip
 
 
 @dataclass
@@ -87,8 +93,8 @@ class Found:
 
 
 def photos_of(folder):
-    """Photos directly in a folder, by stem."""
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in PHOTOS and not p.name.startswith(".")}
+    """Photos directly in a folder, sorted."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PHOTOS and not p.name.startswith("."))
 
 
 def partner(stem, targets):
@@ -104,12 +110,36 @@ def partner(stem, targets):
     return None
 
 
-def role_of(path, inputs):
-    """ "train", "test" or None, told by the words of a path."""
-    words = re.split(r"[/_\-. ]", path)
-    if {"train", "training", "our485"} & {*words} or inputs == "rainy":
-        return "train"
-    return "test" if {"test", "testing", "eval15", "val", "sots"} & {*words} or "test" in path else None
+def words(part):
+    return [w for w in re.split(r"[^a-z0-9]", part.lower()) if w]
+
+
+def role_of(parts, inputs=""):
+    """ "train", "test" or None: the deepest part of a path with such a word tells."""
+    for depth, part in reversed(list(enumerate(parts))):
+        for word in words(part) if depth or len(words(part)) == 1 else ():  # of the root only a name like "Train"
+            if re.fullmatch(r"train(ing|set|data)?|[a-z]*train|our485", word):
+                return "train"
+            if re.fullmatch(r"test(ing|set|data|1)?|(?!lat|con)[a-z]*test|eval15|val|sots", word):
+                return "test"
+    return "train" if inputs == "rainy" else None
+
+
+def choose(parts, role, clean=False):
+    """The data set that a folder's path (names from the root down) tells of, or None."""
+
+    def known(pattern, part):
+        return pattern and re.search(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", part.lower())
+
+    if any(known(OTHERS, part) for part in parts):
+        return None
+    for part in reversed(parts):
+        for what in SETS:
+            name, _, task = what.where.partition("=")
+            fits = known(name.rstrip("|"), part) or part is parts[-1] and part.lower() == task
+            if fits and what.clean == clean and role in (what.role, None):
+                return what
+    return None
 
 
 def find(root):
@@ -119,52 +149,46 @@ def find(root):
     (CDD-11_test/clear, ...), Restormer's (test/Rain100L/input, ...), the originals, and any folder named after its data
     set with `input` and `target` in it. Several folders of one set (GoPro's scenes) are put together.
     """
-    root = Path(root)
+    root, found, visited = Path(root), {}, set()
     if not root.is_dir():
         raise InputError(f"no folder {str(root)!r}: put the data sets below one, and name it with --data")
-    found = {}
-    for place, folders, files in sorted(os.walk(root, followlinks=True)):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+    for place, folders, files in os.walk(root, followlinks=True):
         folder, names = Path(place), {f.lower(): f for f in folders}
-        path = folder.relative_to(root).as_posix().lower()
-        path = root.name.lower() if path == "." else path
+        if folder.resolve() in visited:  # a link that leads back
+            folders.clear()
+            continue
+        visited.add(folder.resolve())
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        parts = (root.resolve().name, *folder.relative_to(root).parts)
         combinations = [c for c in CDD11 if c in names]
-        if "clear" in names and len(combinations) > 1:
-            inputs, target, columns = [names[c] for c in combinations], names["clear"], combinations
-        else:
-            inputs = [names[i] for i in INPUTS if i in names][:1]
-            target, columns = next((names[t] for t in TARGETS if t in names), None), [""]
+        cdd = "clear" in names and len(combinations) > 1
+        inputs = [names[c] for c in combinations] if cdd else [names[i] for i in INPUTS if i in names][:1]
+        target = names["clear"] if cdd else next((names[t] for t in TARGETS if t in names), None)
         if inputs and target:
-            role, cdd = role_of(path, inputs[0].lower()), columns != [""]
-            what = choose(path, role, clean=False, cdd=cdd)
+            role = role_of(parts, inputs[0].lower())
+            what = choose(parts, role)
+            if cdd:
+                what = next(s for s in SETS if s.name == "CDD-11" and role in (s.role, None))
             if what:
-                take(found, what, folder, zip(columns, inputs), target)
+                take(found, what, folder, zip(combinations if cdd else [""], inputs), target)
             folders[:] = [f for f in folders if f not in (*inputs, target)]
         elif any(Path(f).suffix.lower() in PHOTOS for f in files):
-            what = choose(path, role_of(path, ""), clean=True)
+            what = choose(parts, role_of(parts), clean=True)
             if what:
                 item = found.setdefault(what, Found(what))
                 item.folders.append(folder)
-                item.pairs.setdefault("", []).extend((None, p) for p in photos_of(folder).values())
+                item.pairs.setdefault("", []).extend((None, p) for p in photos_of(folder))
     return [found[what] for what in SETS if what in found]
-
-
-def choose(path, role, clean, cdd=False):
-    for what in SETS:
-        fits = what.clean == clean and (what.name == "CDD-11") == cdd and role in (what.role, None)
-        if fits and re.search(what.where, path):
-            return what
-    return None
 
 
 def take(found, what, folder, inputs, target):
     """Pair the inputs of each column with the targets of one folder."""
-    item, targets = found.setdefault(what, Found(what)), photos_of(folder / target)
+    item, targets = found.setdefault(what, Found(what)), {p.stem: p for p in photos_of(folder / target)}
     item.folders.append(folder)
     for column, name in inputs:
         pairs = item.pairs.setdefault(column, [])
-        for stem, path in photos_of(folder / name).items():
-            clear = partner(stem, targets)
+        for path in photos_of(folder / name):
+            clear = partner(path.stem, targets)
             if clear is None:
                 item.unpaired.append(path)
             else:
@@ -177,6 +201,7 @@ def training(root, setting):
     Columns without pairs (noise always) get clean images with degradations made on the fly: BSD400 and WED, or else the
     targets of all pairs. Raises InputError where there is nothing.
     """
+    check_setting(setting)
     found = [f for f in find(root) if f.what.role == "train"]
     pairs = {c: f.of(c) for c in COLUMNS[setting] for f in found if c in f.what.columns and f.of(c)}
     clean = [y for f in found if f.what.clean for _, y in f.of("")]
@@ -190,7 +215,7 @@ def problems(item, sample=20):
     """What is wrong with a copy, one sentence each: its count, unpaired files, and what opening a sample shows."""
     what, count, lines = item.what, item.count(), []
     kind = "images" if what.clean else "pairs"
-    if what.other and count == what.other[0]:
+    if what.other and count == what.other[0] and len(item.folders) == 1:
         lines.append(f"{count} {kind} instead of {what.count}: this is {what.other[1]}")
     elif count != what.count:
         lines.append(f"{count} {kind} instead of {what.count}: the copy is not whole, or not this data set")
@@ -221,8 +246,8 @@ def report(root):
     found, lines = {item.what: item for item in find(root)}, []
     for what in SETS:
         if what not in found:
-            lines.append(f"missing  {what.name} ({what.role}): {what.paper}, {what.page}; put it in "
-                         f"{Path(root) / what.name.replace(' ', '') / what.role}")  # fmt: skip
+            place = Path(root) / (what.place or f"{what.name}/{what.role}")
+            lines.append(f"missing  {what.name} ({what.role}): {what.paper}, {what.page}; put it in {place}")
             continue
         item = found[what]
         wrong, places = problems(item), ", ".join(str(f) for f in item.folders[:2])

@@ -9,9 +9,16 @@ import numpy as np
 from tqdm import tqdm
 
 from . import datasets
-from .benchmark import centre, estimates, scores, write_csv
+from .benchmark import centre, check_table, estimates, scores, write_csv
 from .degrade import CDD11, COLUMNS, check_setting
 from .files import InputError, from_tensor, read, to_tensor, whole, write
+
+
+def opened(path):
+    try:
+        return to_tensor(centre(np.atleast_3d(read(path))))
+    except InputError as e:
+        raise InputError(str(e) if repr(str(path)) in str(e) else f"{str(path)!r}: {e}") from e
 
 
 def pair(column, x, y, rng):
@@ -20,12 +27,12 @@ def pair(column, x, y, rng):
     Where there is no x, Gaussian noise: 255 y + sigma n, clipped and truncated to uint8; n from the NumPy `rng`, which
     is seeded with 0 before the first image of a column.
     """
-    clean = to_tensor(centre(np.atleast_3d(read(y))))
+    clean = opened(y)
     if x is None:
         pixels = (clean[0].permute(1, 2, 0).numpy() * 255).round()
         noisy = pixels + int(column.split("_")[1]) * rng.standard_normal(pixels.shape)
         return to_tensor(noisy.clip(0, 255).astype(np.uint8)), clean
-    degraded = to_tensor(centre(np.atleast_3d(read(x))))
+    degraded = opened(x)
     if degraded.shape != clean.shape:
         raise InputError(f"{str(x)!r} and {str(y)!r} differ in size: check the copy with python -m sipl_min data")
     return degraded, clean
@@ -35,15 +42,16 @@ def tests_of(root):
     return [f for f in datasets.find(root) if f.what.role == "test"]
 
 
-def images(setting, found):
-    """Every image of a setting that is at hand: column, name, degraded, clean; noise in one stream per column."""
+def images(setting, found, root):
+    """Every image of a setting that is at hand: column, name (its path below root), its file's size and time, degraded,
+    clean. Noise comes in one stream per column."""
     for column in COLUMNS[setting]:
         item = next((f for f in found if column in f.what.columns), None)
         rng = np.random.RandomState(0)
         for x, y in item.of(column) if item else ():
             path = x or y
-            scene = "" if len(item.folders) == 1 else f"{path.parent.parent.name}/"  # GoPro: the same names in each
-            yield column, scene + path.name, *pair(column, x, y, rng)
+            stamp = [path.stat().st_size, path.stat().st_mtime_ns]
+            yield column, path.relative_to(root).as_posix(), stamp, *pair(column, x, y, rng)
 
 
 def missing(setting, found, root):
@@ -67,55 +75,61 @@ def evaluate(model, setting, root, steps=1, output=None, save=None, progress=Tru
     Returns (rows, sentences): what is measured, and what of the setting is not, or not on the published images.
     """
     check_setting(setting)
+    root = Path(root)
     found, rows = tests_of(root), []
-    log = Log(output, [model] + [against] * (against is not None), setting, steps)
+    log = Log(output, [f"{fingerprint(model, *[against] * (against is not None)):08x}", setting, steps])
     counts = sum(len(f.of(c)) for c in COLUMNS[setting] for f in found if c in f.what.columns)
-    for column, name, x, clean in tqdm(images(setting, found), total=counts, unit="image", disable=not progress):
-        if (column, name) not in log.done:
-            found_here = estimates(model, x, steps, against)
+    everything = images(setting, found, root)
+    for column, name, stamp, x, clean in tqdm(everything, total=counts, unit="image", disable=not progress):
+        new = log.done.get((column, name, *stamp))
+        if new is None:
+            each = estimates(model, x, steps, against)
             about = dict(setting=setting, column=column, photo=name, seed=0)
-            log.add([about | row | dict(weights=log.weights) for row in scores(found_here, clean)])
+            new = [about | row | dict(weights=log.run[0]) for row in scores(each, clean)]
             if save:
-                like = np.empty((*clean.shape[-2:], 3), np.uint8)
-                restored = from_tensor(found_here[f"y{steps}"], like)
+                restored = from_tensor(each[f"y{steps}"], like=np.empty((*clean.shape[-2:], 3), np.uint8))
                 write((Path(save) / column / name).with_suffix(".png"), restored)
-        rows += log.done[column, name]
+            log.add((column, name, *stamp), new)
+        rows += new
     log.finish(rows)
     return rows, list(missing(setting, found, root))
 
 
 class Log:
-    """What is measured so far: (column, photo) -> its rows, also in `output.part`, one line an image."""
+    """What is measured so far: (column, photo, size, time) -> its rows, also in `output.part`, one line an image."""
 
-    def __init__(self, output, models, setting, steps):
-        self.output, self.path = output, Path(f"{output}.part") if output else None
-        self.weights, self.done = f"{fingerprint(*models):08x}", {}
+    def __init__(self, output, run):
+        self.output, self.path, self.run, self.done = output, Path(f"{output}.part") if output else None, run, {}
+        if output:
+            check_table(output)
         if self.path and self.path.exists():
-            self.resume(setting, ["input"] + ["backbone"] * (len(models) - 1) + [f"y{t}" for t in range(steps + 1)])
+            self.resume()
 
-    def resume(self, setting, wanted):
-        """Take over the images of which all is there. A line that was cut short counts as none."""
-        for line in self.path.read_text().splitlines():
-            with contextlib.suppress(ValueError, KeyError):
-                rows = json.loads(line)
-                if (rows[0]["weights"], rows[0]["setting"]) != (self.weights, setting):
-                    break
-                kept = {row["estimate"]: row for row in rows}
-                self.done[rows[0]["column"], rows[0]["photo"]] = [kept[w] for w in wanted]
-        else:
-            with whole(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(rows) + "\n" for rows in self.done.values()))
-            return
-        raise InputError(f"{str(self.path)!r} was begun with other weights or another setting: delete it, or pass "
-                         "another --output")  # fmt: skip
+    def resume(self):
+        """Take over what the same run has measured. A line that was cut short counts as none."""
+        for line in self.path.read_text(errors="replace").splitlines():
+            try:
+                run, key, rows = json.loads(line)
+                key = tuple(key)
+            except (ValueError, TypeError):
+                continue
+            if run != self.run:
+                raise InputError(f"{str(self.path)!r} was begun with other weights, setting or --steps: delete it, or "
+                                 "pass another --output")  # fmt: skip
+            self.done[key] = rows
+        with whole(self.path) as temporary:
+            temporary.write_text("".join(self.line(key) for key in self.done))
 
-    def add(self, rows):
-        self.done[rows[0]["column"], rows[0]["photo"]] = rows
+    def line(self, key):
+        return json.dumps([self.run, key, self.done[key]]) + "\n"
+
+    def add(self, key, rows):
+        self.done[key] = rows
         if self.path:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with open(self.path, "a") as f:
-                    f.write(json.dumps(rows) + "\n")
+                    f.write(self.line(key))
             except OSError as e:
                 raise InputError(f"cannot write {str(self.path)!r}: {e.strerror}") from e
 

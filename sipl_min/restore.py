@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def choose_window(model, batch, h, w, tile=None, overlap=64):
     """Sides of the windows in which `restore` works on photos of h x w pixels: (rows, columns)."""
     if type(overlap) is not int or overlap < 0:
         raise InputError(f"overlap={overlap!r} must be a whole number of pixels, 0 or more")
-    least = 2 * overlap + 16
+    least = math.ceil((2 * overlap + 16) / 16) * 16
     if tile is not None:
         if type(tile) is not int or tile and (tile < least or tile % 16):
             raise InputError(f"tile={tile!r} must be 0, or a multiple of 16 above twice the overlap={overlap}")
@@ -56,7 +57,9 @@ def free_memory(device):
         free = [1024 * next(int(line.split()[1]) for line in f if line.startswith("MemAvailable"))]
     with contextlib.suppress(OSError, ValueError):  # what a container may use
         group = Path("/sys/fs/cgroup")
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        used = int((group / "memory.current").read_text())
+        cache = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)  # given back when needed
+        free.append(int((group / "memory.max").read_text()) - used + (int(cache[1]) if cache else 0))
     return max(min(free), 0)
 
 
@@ -91,12 +94,13 @@ def windows(function, x, size, overlap=64, progress=False):
 
 
 def starts(length, window, overlap):
-    """Where windows begin, evenly spread; multiples of 16, so that the network's grid lies on the image as ever."""
+    """Where windows begin, evenly spread; but for the last, multiples of 16, where the network's grid lies as ever."""
     if window >= length:
         return [0]
     count = math.ceil((length - overlap) / (window - overlap))
     while True:
-        found = [round(i * (length - window) / (count - 1) / 16) * 16 for i in range(count - 1)] + [length - window]
+        found = {round(i * (length - window) / (count - 1) / 16) * 16 for i in range(count - 1)}
+        found = sorted({s for s in found if s < length - window} | {length - window})
         if all(b - a <= window - overlap for a, b in zip(found, found[1:])):
             return found
         count += 1

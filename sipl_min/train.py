@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import math
 import os
 import signal
@@ -18,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from .data import Images, batch
-from .degrade import check_setting
+from .degrade import COLUMNS, check_setting
 from .files import InputError, whole
 
 
@@ -119,18 +120,23 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
             raise InputError(f"{name}={value!r} must be a positive number")
     if not 0 <= decay < math.inf:
         raise InputError(f"decay={decay!r} must be a number >= 0")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    label = recipe if isinstance(recipe, str) else getattr(recipe, "__name__", type(recipe).__name__)
+    peak, decay, clip, ema = map(float, (peak, decay, clip, ema))  # not NumPy's, which checkpoints cannot hold
+    device = usable(device)
     autocast = device.type == "cuda" if autocast is None else autocast
     images = images if isinstance(images, Images) else Images(images, seed=seed)
+    if strange := {*images.pairs} - {*COLUMNS[setting]}:
+        raise InputError(f"images.pairs has columns that {setting} has not: {', '.join(sorted(strange))}")
     model.to(device).train()
     forward = Step(model, step_function)
     if world > 1:
         forward = nn.parallel.DistributedDataParallel(forward, find_unused_parameters=True)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=decay, fused=device.type == "cuda")
-    run = dict(settings=asdict(model.settings), setting=setting, recipe=getattr(recipe, "__name__", recipe),
+    run = dict(settings=asdict(model.settings), setting=setting, recipe=label,
                steps=steps, count=count, size=size, peak=peak, warmup=warmup, decay=decay, clip=clip, seed=seed,
                accumulate=accumulate, ema=ema, processes=world, images=images.names())  # fmt: skip
+    run = json.loads(json.dumps(run, default=str))  # plain text and numbers, as they will be read back
     start, log, writer = 0, [], None
     if folder is not None:
         folder = Path(folder)
@@ -195,6 +201,16 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
     if writer:
         writer.close()
     return log
+
+
+def usable(device=None):
+    """A `torch.device`: the one named, or CUDA if there, else the CPU. Raises InputError where it cannot be used."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"device {str(device)!r} cannot be used here: choose cpu, or leave it out") from e
+    return torch.device(device)
 
 
 def tensorboard(folder, start):
@@ -281,13 +297,15 @@ def resume(folder, run, model, optimizer, average=None):
         raise InputError(
             f"{str(path)!r} belongs to another run ({change}): repeat its arguments, or pass another folder"
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if average:
-        average.load_state_dict(state["average"])
-    log = []
-    if (folder / "log.csv").exists():
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if average:
+            average.load_state_dict(state["average"])
         with open(folder / "log.csv", newline="") as f:
-            for row in csv.DictReader(f):
-                log.append({k: int(v) if k == "step" else float(v) for k, v in row.items() if v})
-    return state["step"], [row for row in log if row["step"] < state["step"]]
+            log = [{k: int(v) if k == "step" else float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+        log = [row for row in log if row["step"] < state["step"]]
+    except (RuntimeError, KeyError, ValueError, TypeError, OSError) as e:
+        raise InputError(f"{str(folder)!r} does not hold one whole run: checkpoint.pt and log.csv must be of the same "
+                         "one; put them back, or pass another folder") from e  # fmt: skip
+    return state["step"], log

@@ -80,3 +80,21 @@ def test_panels_have_a_place_for_everything():
     axes = figure.axes
     assert len(axes) == 4 and [bool(a.images) for a in axes] == [True, True, True, False]
     assert axes[0].get_title() == "photo"
+
+
+def test_rows_come_back_from_their_file(tmp_path):
+    rows = benchmark.evaluate(tiny(), "three_task", 1, dict(a=PHOTOS["a"]), progress=False)
+    benchmark.write_csv(rows, tmp_path / "rows.csv")
+    assert benchmark.read_csv(tmp_path / "rows.csv") == rows
+    (tmp_path / "text.csv").write_text("a,b\n1,2\n")
+    for name in ("text.csv", "nowhere.csv"):
+        with pytest.raises(InputError, match="holds no rows of a benchmark"):
+            benchmark.read_csv(tmp_path / name)
+
+
+def test_gains_draws_a_bar_for_each_estimate_and_column():
+    rows = benchmark.evaluate(tiny(), "three_task", 1, dict(a=PHOTOS["a"]), progress=False)
+    figure = show.gains({"three_task": rows})
+    means, bars = benchmark.average(rows), figure.axes[0].patches
+    expected = [means[f"y{t}"][c] - means["input"][c] for t in (0, 1) for c in COLUMNS["three_task"]]
+    assert [b.get_height() for b in bars] == pytest.approx(expected)

@@ -1,6 +1,5 @@
 """The public data sets: made-up copies in every layout are found, counted, paired and measured by the protocol."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +50,8 @@ LAYOUTS = {
          "GoPro/test/GOPR0385/sharp/1.png", "Snow100K-L/synthetic/a.jpg", "Snow100K-L/gt/a.jpg",
          "raindrop/test_a/data/0_rain.png", "raindrop/test_a/gt/0_clean.png", "Test1/input/im_0001_s80_a04.png",
          "Test1/gt/im_0001.png", "allweather/input/1.png", "allweather/gt/1.png", "WED/00001.bmp"],
-        ["WED train", "SOTS-outdoor test", "GoPro test", "LOL-v1 test", "LOL-v1 train", "Snow100K-L test",
-         "Outdoor-Rain test", "RainDrop test", "AllWeather train"]),
+        ["WED train", "RainDrop test", "Outdoor-Rain test", "AllWeather train", "SOTS-outdoor test", "GoPro test",
+         "LOL-v1 test", "LOL-v1 train", "Snow100K-L test"]),
 }  # fmt: skip
 
 
@@ -69,6 +68,58 @@ def test_every_layout_is_found_and_paired(tmp_path, layout):
         "all files, each where it belongs"
     )
     assert all(x != y for f in inputs for pairs in f.pairs.values() for x, y in pairs)
+
+
+@pytest.mark.parametrize(
+    "folder, expected",
+    [
+        ("SOTS/indoor", None),
+        ("Deraining/Datasets/test/Rain100H", None),
+        ("Deraining/Datasets/test/Test1200", None),
+        ("Motion_Deblurring/Datasets/test/HIDE", None),
+        ("DeRaindrop/test_a", "RainDrop test"),
+        ("RainDrop/test_b", None),
+        ("dehaze_project/LOL/eval15", "LOL-v1 test"),
+        ("outdoor/GoPro/test", "GoPro test"),
+        ("Outdoor_heavy_rain/test", "Outdoor-Rain test"),
+        ("lol/AllWeather/train", "AllWeather train"),
+        ("LOL-v2/Real/test", None),
+        ("test1/my/own", None),
+        ("Rain100L/test", "Rain100L test"),
+        ("GoPro/trainset", "GoPro train"),
+        ("RainTrain/Rain100L", "Rain100L train"),
+        ("Snow100K-S_test", None),  # no such words for its folders: input and target are not what it has
+        (".git/Rain100L", None),
+        ("__MACOSX/Rain100L", None),
+    ],
+)
+def test_neighbours_are_told_apart(tmp_path, folder, expected):
+    names = ("synthetic", "other") if "Snow" in folder else ("input", "target")
+    make(tmp_path, *(f"{folder}/{name}/1.png" for name in names))
+    assert [f"{f.what.name} {f.what.role}" for f in datasets.find(tmp_path)] == [expected] * (expected is not None)
+
+
+@pytest.mark.parametrize(
+    "folder, expected",
+    [("wedding", None), ("WED", "WED"), ("latest/BSD400", "BSD400"), ("CBSD68/noisy25", None),
+     ("test/Denoise/Kodak24", None), ("CBSD68/original_png", "CBSD68"), ("Train/Denoise", "BSD400 + WED")],
+)  # fmt: skip
+def test_clean_images_are_told_from_others(tmp_path, folder, expected):
+    make(tmp_path, f"{folder}/1.png")
+    found = [f.what.name for f in datasets.find(tmp_path)]
+    assert found == [expected] * (expected is not None)
+
+
+def test_the_root_may_be_the_data_set_and_links_may_lead_back(tmp_path, monkeypatch):
+    make(tmp_path, "Rain100L/test/input/1.png", "Rain100L/test/target/1.png", "Train/Dehaze/synthetic/1_0.8.jpg",
+         "Train/Dehaze/original/1.png", "GOPRO_Large/test/GOPR0384_11_00/blur/1.png",
+         "GOPRO_Large/test/GOPR0384_11_00/sharp/1.png")  # fmt: skip
+    (tmp_path / "Rain100L" / "loop").symlink_to(tmp_path / "Rain100L")
+    for root, expected in (("Rain100L", "Rain100L test"), ("Train", "OTS train"), ("GOPRO_Large", "GoPro test")):
+        monkeypatch.chdir(tmp_path / root)
+        for place in (tmp_path / root, "."):
+            found = datasets.find(place)
+            assert [(f"{f.what.name} {f.what.role}", f.count()) for f in found] == [(expected, 1)]
 
 
 def test_what_is_wrong_with_a_copy_is_named(tmp_path, monkeypatch):
@@ -109,7 +160,9 @@ def test_noise_and_crop_follow_the_protocol(tmp_path):
     """Written out anew: cut to multiples of 16, then one stream of noise from seed 0, clipped, truncated to uint8."""
     make(tmp_path, "CBSD68/a.png", "CBSD68/b.png")
     rng = np.random.RandomState(0)
-    for (column, name, x, y), image in zip(real.images("five_task", real.tests_of(tmp_path)), (photo(0), photo(1))):
+    for (column, name, _, x, y), image in zip(
+        real.images("five_task", real.tests_of(tmp_path), tmp_path), (photo(0), photo(1))
+    ):
         clean = image[2:34, 1:49]
         noisy = np.clip(clean + 25 * rng.randn(*clean.shape), 0, 255).astype(np.uint8)
         assert (column, name[-3:]) == ("CBSD68_25", "png")
@@ -128,13 +181,13 @@ def lol(tmp_path):
 def test_columns_at_hand_are_measured_and_the_others_named(lol, tmp_path):
     model = tiny()
     rows, notes = real.evaluate(model, "five_task", lol, 2, save=tmp_path / "saved", progress=False)
-    assert [(r["column"], r["photo"]) for r in rows[::4]] == [("CBSD68_25", "a.png")] + [
-        ("LOLv1", f"{i}.png") for i in range(3)
+    assert [(r["column"], r["photo"]) for r in rows[::4]] == [("CBSD68_25", "cbsd68/a.png")] + [
+        ("LOLv1", f"lol/test/low/{i}.png") for i in range(3)
     ]
     x, y = real.pair("LOLv1", lol / "lol/test/low/1.png", lol / "lol/test/high/1.png", None)
-    row = next(r for r in rows if (r["photo"], r["estimate"]) == ("1.png", "y2"))
+    row = next(r for r in rows if (r["photo"], r["estimate"]) == ("lol/test/low/1.png", "y2"))
     assert row["psnr"] == benchmark.psnr(model.refine(x, 2), y)
-    saved = torch.tensor(read(tmp_path / "saved/LOLv1/1.png")).permute(2, 0, 1)[None] / 255
+    saved = torch.tensor(read(tmp_path / "saved/LOLv1/lol/test/low/1.png")).permute(2, 0, 1)[None] / 255
     assert (saved - model.refine(x, 2).clamp(0, 1)).abs().max() <= 0.5 / 255 + 1e-6
     assert len(notes) == 5 and "SOTS: no data set" in notes[0] and "LOLv1: 3 images instead of 15" in notes[-1]
     lines = benchmark.table(rows, "five_task", real=True).splitlines()
@@ -164,9 +217,20 @@ def test_an_interrupted_benchmark_goes_on(lol, tmp_path, cut, monkeypatch):
     rows, _ = real.evaluate(model, "five_task", lol, 1, out, progress=False)
     assert rows == expected and len(calls) == 3 + (3 if cut else 2)
     assert not part.exists() and len(out.read_text().splitlines()) == 1 + len(expected)
-    part.write_text(json.dumps([dict(weights="00000000", setting="five_task")]) + "\n")
-    with pytest.raises(InputError, match="begun with other weights"):
+    part.write_text("[]\nnull\n[1, [null], {}\n")  # rubbish is as good as nothing
+    assert real.evaluate(model, "five_task", lol, 1, out, progress=False)[0] == expected
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
         real.evaluate(model, "five_task", lol, 1, out, progress=False)
+    begun = part.read_text()
+    with pytest.raises(InputError, match="begun with other weights, setting or --steps"):
+        real.evaluate(model, "five_task", lol, 2, out, progress=False)
+    assert part.read_text() == begun
+    write(lol / "cbsd68" / "a.png", photo(9))  # another image under the same name is measured anew
+    rows, _ = real.evaluate(model, "five_task", lol, 1, out, progress=False)
+    assert rows[0]["psnr"] != expected[0]["psnr"] and rows[3:] == expected[3:]
+    with pytest.raises(InputError, match="pass the name of a file that ends in .csv"):
+        real.evaluate(model, "five_task", lol, 1, tmp_path, progress=False)
 
 
 def test_a_second_model_shows_what_refinement_gains(lol, tmp_path):
@@ -174,7 +238,7 @@ def test_a_second_model_shows_what_refinement_gains(lol, tmp_path):
     rows, _ = real.evaluate(model, "five_task", lol, 1, tmp_path / "r.csv", progress=False, against=plain)
     assert [r["estimate"] for r in rows[:4]] == ["input", "backbone", "y0", "y1"]
     x, y = real.pair("LOLv1", lol / "lol/test/low/0.png", lol / "lol/test/high/0.png", None)
-    row = next(r for r in rows if (r["photo"], r["estimate"]) == ("0.png", "backbone"))
+    row = next(r for r in rows if (r["photo"], r["estimate"]) == ("lol/test/low/0.png", "backbone"))
     assert row["psnr"] == benchmark.psnr(plain(x), y)
     means = benchmark.average(rows)
     lines, _ = benchmark.cells(rows, "five_task")
@@ -209,6 +273,9 @@ def test_by_command(lol, tmp_path, capsys):
         (["benchmark", "all", *job, "--output", "r.csv"], "--output takes one setting at a time"),
         (["benchmark", "five_task", "--data", "nowhere"], "no folder 'nowhere'"),
         (["data", "nowhere"], "no folder 'nowhere'"),
+        (["benchmark", "five_task", "--output", "r.md"], "pass the name of a file that ends in .csv"),
+        (["train", "run", "--images", "a", "--data", "b"], "pass one of them"),
+        (["train", str(tmp_path / "run"), "--device", "warp"], "device 'warp' cannot be used here"),
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
@@ -265,7 +332,7 @@ def test_real_samples():
     assert datasets.problems(found["CBSD68"]) == datasets.problems(found["BSD400"]) == []
     assert all("the copy is not whole" in datasets.problems(found[n])[0] for n in ("Rain100L", "SOTS-outdoor"))
     inputs = {}
-    for column, _, x, y in real.images("three_task", real.tests_of(SHARED)):
+    for column, _, _, x, y in real.images("three_task", real.tests_of(SHARED), SHARED):
         inputs.setdefault(column, []).append(benchmark.psnr(x, y))
     means = {column: round(float(np.mean(v)), 1) for column, v in inputs.items()}
     assert abs(means["CBSD68_25"] - 20.3) < 0.3, "near 20.3 dB; 20.17 without clipping, which takes noise away"

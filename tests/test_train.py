@@ -1,5 +1,6 @@
 """Training: it learns, it is deterministic, it resumes bit for bit, it stops when told."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -258,6 +259,25 @@ def test_a_folder_that_cannot_be_written_is_found_out_at_once(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(InputError, match="cannot write"):
         run(tmp_path / "file", recipe=lambda *_: pytest.fail("training began"))
+
+
+def test_a_run_reads_its_own_checkpoint_whatever_its_arguments_are(tmp_path):
+    recipe = functools.partial(train.authors)
+    first, log = run(tmp_path, recipe=recipe, peak=np.float64(1e-3))
+    again, same = run(tmp_path, model=tiny(), recipe=recipe, peak=1e-3)
+    assert torch.equal(weights(first), weights(again)) and same == log
+
+
+def test_a_log_of_another_run_is_noticed(tmp_path):
+    run(tmp_path)
+    good = (tmp_path / "log.csv").read_text()
+    for text in ("rubbish\n1\n", good.replace("0.", "x."), None):
+        (tmp_path / "log.csv").unlink()
+        if text:
+            (tmp_path / "log.csv").write_text(text)
+        with pytest.raises(InputError, match="does not hold one whole run"):
+            run(tmp_path)
+        (tmp_path / "log.csv").write_text(good)
 
 
 def test_bad_checkpoints(tmp_path):
