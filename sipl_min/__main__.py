@@ -1,4 +1,4 @@
-"""The command line: python -m sipl_min demo | train | restore | benchmark | data."""
+"""The command line: python -m sipl_min demo | train | restore | benchmark | study | data."""
 
 import argparse
 import sys
@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import benchmark, data, datasets, real, show, speed, train
+from . import benchmark, data, datasets, real, show, speed, study, train
 from .degrade import COLUMNS, SETTINGS, check_setting
-from .files import InputError, asset, check_photo, check_writable, find_photos, read, whole, write
+from .files import InputError, check_photo, check_writable, find_photos, read, whole, write
 from .published import from_published
 from .restore import choose_window
 from .settings import PRESETS
 from .sipl import SIPL
+from .weights import included
 
 
 def main(arguments=None):
@@ -55,7 +56,7 @@ def main(arguments=None):
     c.add_argument("--preset", default="nano", help=f"{', '.join(PRESETS)} (default: %(default)s)")
     c.add_argument("--images", default=None, help="a folder of clean photos (default: the embedded images)")
     c.add_argument("--setting", default="cdd11", help=f"{', '.join(SETTINGS)} (default: %(default)s)")
-    c.add_argument("--recipe", default="authors", help="authors, or backbone (no Proxy Fusion) (default: %(default)s)")
+    c.add_argument("--recipe", default="authors", help=f"{', '.join(train.RECIPES)} (default: %(default)s)")
     c.add_argument("--data", default=None, help="a folder with the real data sets: their training pairs (instead of "
                    "--images)")  # fmt: skip
     for name, text in (("steps", "training steps"), ("count", "crops in a batch, of all processes together"),
@@ -94,6 +95,21 @@ def main(arguments=None):
     c.add_argument("--data", default=None, help="a folder with the real data sets: measure on those, as published")
     c.add_argument("--save", default=None, help="with --data, a folder for the restored images")
 
+    c = command("study", run_study, "Does refinement pay? Trains every recipe with several seeds, equally long, and "
+                "writes tables and a figure. Ctrl-C stops; the same command continues.")  # fmt: skip
+    c.add_argument("folder", help="where trainings, study.csv, study.md and study.png go")
+    c.add_argument("--images", default=None, help="a folder of clean photos (default: the embedded images)")
+    c.add_argument("--test", default=None, help="a folder of test photos (default: the embedded held-out ones)")
+    c.add_argument("--settings", nargs="+", default=["cdd11", "five_task"], help="(default: cdd11 five_task)")
+    c.add_argument("--arms", nargs="+", default=list(study.ARMS), help=f"of "
+                   f"{', '.join(map(repr, study.ARMS))} (default: all)")  # fmt: skip
+    c.add_argument("--preset", default="nano", help=f"{', '.join(PRESETS)} (default: %(default)s)")
+    for name, value, text in (("seeds", 3, "trainings of each"), ("steps", 400, "training steps"),
+                              ("T", 4, "refinement steps measured"), ("photos", 12, "test photos used, at most"),
+                              ("size", 128, "pixels a side of a test photo, at most")):  # fmt: skip
+        c.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: %(default)s)")
+    c.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
+
     c = command(
         "data", show_data, "Which public data sets are there, whole and readable, and where the others come from."
     )
@@ -125,7 +141,7 @@ def load(options):
     options.device = train.usable(getattr(options, "device", None))
     if options.steps is not None and options.steps < 0:
         raise InputError(f"--steps must be a whole number >= 0, not {options.steps}")
-    model = open_model(options.weights or asset("nano.safetensors"), options)
+    model = open_model(options.weights or included("nano"), options)
     if options.steps is None:
         options.steps = int(model.settings.fusion)
     return model
@@ -234,7 +250,7 @@ def named(path, e):
 
 def train_model(options):
     torch.manual_seed(abs(options.seed))  # a negative seed is refused by fit, in its own words
-    model = SIPL(options.preset, fusion=options.recipe != "backbone")
+    model = SIPL(options.preset, **train.DESIGN.get(options.recipe, {}))
     with train.processes(options.device) as (device, first):
         if first:
             print(f"{options.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
@@ -261,6 +277,14 @@ def train_model(options):
         train.fit(model, images, device=device, **schedule, **{name: getattr(options, name) for name in names})
         if first:
             print(f"weights: {Path(options.folder) / 'model.safetensors'}")
+
+
+def run_study(options):
+    names = ("images", "test", "settings", "arms", "seeds", "preset", "steps", "T", "photos", "size", "device")
+    show.without_screen()
+    rows = study.run(options.folder, **{name: getattr(options, name) for name in names})
+    study.save(rows, options.folder)
+    print(study.report(rows))
 
 
 def show_data(options):

@@ -220,10 +220,12 @@ SETTINGS = {
                   "RainDrop": (drops, {})},
     "cdd11": CDD,
 }  # fmt: skip
+SETTINGS["mixed"] = SETTINGS["three_task"] | SETTINGS["five_task"] | CDD  # for one network that is to know them all
 COLUMNS = {name: {step: [step] for step in steps} for name, steps in SETTINGS.items()}
 COLUMNS["cdd11"] = {name: name.split("_") for name in CDD11}
 COLUMNS["deweather"]["Outdoor-Rain"].append("veil")  # heavy rain far away is a haze
 del COLUMNS["deweather"]["veil"]
+COLUMNS["mixed"] = COLUMNS["three_task"] | COLUMNS["five_task"] | COLUMNS["cdd11"]
 
 
 def check_setting(setting):
@@ -236,8 +238,8 @@ def degrade(x, g, setting, columns, depth=None):
 
     Args:
         x: clean (B, 3, H, W) in [0, 1]; g: generator on x's device.
-        setting: "three_task", "five_task", "cdd11" or "deweather"; the columns are named as in the published tables,
-            and imitate those data sets (SOTS: haze; GoPro: motion blur; LOLv1: low light; CBSD68_25: noise).
+        setting: "three_task", "five_task", "cdd11", "deweather" or "mixed"; the columns are named as in the
+            published tables, and imitate those data sets (SOTS: haze; GoPro: motion blur; LOLv1: low light).
         columns: B names, e.g. ["low_haze", "rain"]; depth: as in `haze`.
     Returns (B, 3, H, W). Raises InputError for an unknown setting or column.
     """

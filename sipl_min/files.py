@@ -73,6 +73,30 @@ def check_batch(x, model, name="x"):
         raise InputError(f"{name} holds NaN: clean it first")
 
 
+def check_privileged(privileged, x, widths):
+    """Raise InputError unless these are features as `model.privileged` makes them, `widths` channels, for images x."""
+    given = privileged if isinstance(privileged, (list, tuple)) else ()
+    if [getattr(p, "ndim", 0) == 4 and len(p) in (1, len(x)) and p.shape[1] for p in given] != widths:
+        raise InputError(f"privileged must be {len(widths)} features (B, C, h, w), C = {widths}, B = {len(x)} "
+                         "as in x or 1: pass what model.privileged(image) returns")  # fmt: skip
+
+
+def check_loop(steps, feedback, stop):
+    """Raise InputError unless `SIPL.refine` can work with these."""
+    if feedback not in ("privilege", "chain"):
+        raise InputError(f"unknown feedback {feedback!r}: choose 'privilege' or 'chain'")
+    if stop not in (None, "converged"):
+        raise InputError(f"unknown stop {stop!r}: choose 'converged' or None")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise InputError(f"steps must be a whole number >= 0, not {steps!r}")
+
+
+def check_fusion(model, what):
+    """Raise InputError where a model has no Proxy Fusion."""
+    if not model.settings.fusion:
+        raise InputError(f"{what} needs Proxy Fusion, and this model is a plain backbone: pass steps 0")
+
+
 def check_range(x):
     """Raise InputError where values are far outside [0, 1]: noise may leave it a little, a 0..255 image does not."""
     low, high = (float(v) for v in x.detach().aminmax())

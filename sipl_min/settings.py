@@ -27,6 +27,7 @@ class Settings:
     read_heads: tuple = (1, 2, 1)
     write_heads: tuple = (1, 2, 4)
     identity_start: bool = False  # True: write adds to the feature itself, at first nothing; else as released
+    aligned: bool = False  # True: features of the estimate are also added to those of x, pixel by pixel; not released
 
     def __post_init__(self):
         for f in fields(self):

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from . import weights
-from .files import InputError, check_batch, check_range
+from .files import check_batch, check_fusion, check_loop, check_privileged, check_range
 from .restore import restore
 from .settings import choose
 from .tiles import add, local, pad, tiles
@@ -268,6 +268,9 @@ class SIPL(nn.Module):
             widths = [s.dim * 2**i for i in (1, 2, 3)]
             args = zip(widths, s.dictionary_size, [s.dictionary_std] * 3, s.read_heads, s.write_heads)
             self.fusion = nn.ModuleList(ProxyFusion(*a, identity=s.identity_start) for a in args)
+            if s.aligned:
+                self.aligned = nn.ModuleList(conv1(d, d) for d in widths)
+                [nn.init.zeros_(c.weight) for c in self.aligned]  # at first, nothing is added
         self.decoder = decoder(s)
 
     # ---- what the method asks of a backbone, on padded images; `wrap.py` answers it for any other network
@@ -297,6 +300,23 @@ class SIPL(nn.Module):
             return None
         return [f.proxy(p) for f, p in zip(self.fusion, privileged or [None] * len(self.fusion))]
 
+    def guided(self, x, features, privileged=None):
+        """f(x; Read(D, P)), or f(x; D) without P, on a padded image and its features."""
+        if privileged is not None and getattr(self.settings, "aligned", False):  # both show the same pixel: add them
+            added = [f + a(p) for f, a, p in zip(features[1:4], self.aligned, privileged)]
+            features = [features[0], *added, *features[4:]]
+        return self.decode(x, features, self.proxies(privileged))
+
+    def estimates(self, x, steps=1, feedback="privilege"):
+        """The loop, on a padded image: yields y0, ..., y_T, one by one. Gradients pass through all of it."""
+        features = self.encode(x)  # E(x), once
+        yield (y := self.guided(x, features))
+        for t in range(steps):
+            if feedback == "chain" and t > 0:
+                x, features = y, self.encode(y)
+                y = self.guided(x, features)
+            yield (y := self.guided(x, features, self.tap(y)))  # P = E(estimate)
+
     # ---- what people call
 
     def forward(self, x, privileged=None):
@@ -309,15 +329,11 @@ class SIPL(nn.Module):
         """
         check_batch(x, self)
         if privileged is not None:
-            self._needs_fusion("a guided pass")
-            widths = [f.read.norm_context.weight.shape[0] for f in self.fusion]
-            given = privileged if isinstance(privileged, (list, tuple)) else ()
-            if [getattr(p, "ndim", 0) == 4 and len(p) in (1, len(x)) and p.shape[1] for p in given] != widths:
-                raise InputError(f"privileged must be {len(widths)} features (B, C, h, w), C = {widths}, B = {len(x)} "
-                                 "as in x or 1: pass what model.privileged(image) returns")  # fmt: skip
+            check_fusion(self, "a guided pass")
+            check_privileged(privileged, x, [f.read.norm_context.weight.shape[0] for f in self.fusion])
         h, w = x.shape[-2:]
         x = self.pad(x)
-        return self.decode(x, self.encode(x), self.proxies(privileged))[..., :h, :w]
+        return self.guided(x, self.encode(x), privileged)[..., :h, :w]
 
     def privileged(self, image):
         """E(image): encoder features at 1/2, 1/4, 1/8, a list of (B, 2d, H/2, W/2), (B, 4d, ...), (B, 8d, ...)."""
@@ -325,7 +341,7 @@ class SIPL(nn.Module):
         return self.tap(self.pad(image))
 
     @torch.no_grad()
-    def refine(self, x, steps=1, feedback="privilege", return_all=False):
+    def refine(self, x, steps=1, feedback="privilege", return_all=False, stop=None, tolerance=0.5 / 255):
         """The test-time loop: the model's own estimate plays the clean image (SIPL, self-refinement).
 
         y0 = f(x; D), then `steps` times
@@ -333,31 +349,25 @@ class SIPL(nn.Module):
           feedback="chain" (the released code): the refined image becomes the next input, and each round starts anew
             with its own first pass: a = f(y_{t-1}; D); y_t = f(y_{t-1}; Read(D, E(a))), where round one starts at x.
         E(x) is shared: T steps cost 1 + T encoders and decoders (chain: 2T of each). Pads once before, crops once
-        after: to multiples of 8, and for "chain" of 16 as the released loop does.
+        after: to multiples of 8, and for "chain" of 16 as the released loop does. With stop="converged" it ends earlier
+        once a step changes every image by less than `tolerance` (root mean square).
 
         Returns y_T (B, 3, H, W), not clamped, or with `return_all` the list [y0, ..., y_T].
         Raises InputError for values far outside [0, 1], NaN, steps < 0, or a model without Proxy Fusion.
         """
         check_batch(x, self)
         check_range(x)
-        if feedback not in ("privilege", "chain"):
-            raise InputError(f"unknown feedback {feedback!r}: choose 'privilege' or 'chain'")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise InputError(f"steps must be a whole number >= 0, not {steps!r}")
+        check_loop(steps, feedback, stop)
         if steps:
-            self._needs_fusion("refinement")
+            check_fusion(self, "refinement")
         h, w = x.shape[-2:]
-        x = self.pad(x, 16 if feedback == "chain" else 8)
-        features = self.encode(x)  # E(x), once
-        y = self.decode(x, features, self.proxies())
-        estimates = [y[..., :h, :w]]
-        for t in range(steps):
-            if feedback == "chain" and t > 0:
-                x, features = y, self.encode(y)
-                y = self.decode(x, features, self.proxies())
-            y = self.decode(x, features, self.proxies(self.tap(y)))  # P = E(estimate)
-            estimates = [*estimates, y[..., :h, :w]] if return_all else [y[..., :h, :w]]
-        return estimates if return_all else estimates[-1]
+        found = []
+        for y in self.estimates(self.pad(x, 16 if feedback == "chain" else 8), steps, feedback):
+            before, y = found[-1:], y[..., :h, :w]
+            found = [*found, y] if return_all else [y]
+            if stop and before and (y - before[0]).square().mean((1, 2, 3)).sqrt().max() < tolerance:
+                break
+        return found if return_all else found[-1]
 
     def restore(self, image, steps=None, feedback="privilege", tile=None, overlap=64, progress=False):
         """A photo in, the same kind of photo out: any size; dtype, channels and alpha are kept.
@@ -385,6 +395,7 @@ class SIPL(nn.Module):
         model = weights.load(path, net).eval()
         return model if device is None else model.to(device)
 
-    def _needs_fusion(self, what):
-        if not self.settings.fusion:
-            raise InputError(f"{what} needs Proxy Fusion, and this model is a plain backbone: pass steps 0")
+    @classmethod
+    def from_pretrained(cls, name="nano", device=None):
+        """The trained weights that come with the project (data/README.md: how they were made, what they can do)."""
+        return cls.load(weights.included(name), device)

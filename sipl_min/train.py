@@ -40,7 +40,28 @@ def backbone(model, x, y):
     return model(x)
 
 
-RECIPES = {"authors": authors, "backbone": backbone}
+def privilege(model, x, y):
+    """Classic privilege learning: the pass guided by features of the clean image, P = E(y), teaches the plain one.
+
+    Both passes have a loss. At test time there is no clean image, so the first pass f(x; D) is all.
+    """
+    with torch.no_grad():
+        privileged = model.privileged(y)
+    return [model(x), model(x, privileged)]
+
+
+def unroll(model, x, y):
+    """Ours: the test-time loop itself, y0 and y1, each with a loss, and gradients through the privilege.
+
+    So training sees what test time will see, P = E(y0), and E learns to make features that are worth reading.
+    """
+    return list(model.estimates(x, steps=1))
+
+
+RECIPES = {"authors": authors, "backbone": backbone, "privilege": privilege, "unroll": unroll}
+# The settings that a recipe needs, or was made for.
+DESIGN = {"authors": {}, "backbone": dict(fusion=False), "privilege": {},
+          "unroll": dict(identity_start=True, aligned=True)}  # fmt: skip
 
 # How long and how fast, by preset. The authors' schedule for SIPL is not published; `paper` is PromptIR's: batches of
 # 32 crops of 128 pixels, 2e-4, warm-up in a tenth of 150 epochs, an epoch of three tasks being some 4,400 batches.
@@ -66,7 +87,8 @@ class Step(nn.Module):
         self.model, self.recipe = model, recipe
 
     def forward(self, x, y):
-        return self.recipe(self.model, x, y)
+        found = self.recipe(self.model, x, y)
+        return found[None] if isinstance(found, torch.Tensor) else torch.stack(found)  # (estimates, B, 3, H, W)
 
 
 def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, count=8, size=48, peak=1e-3, warmup=20,
@@ -78,10 +100,10 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
     gradients, so that the numbers are those of one process, to rounding. The first process writes.
 
     Args:
-        model: a `SIPL`; recipe "authors" needs Proxy Fusion, recipe "backbone" needs `fusion=False`.
+        model: a `SIPL`; recipe "backbone" needs `fusion=False`, the others Proxy Fusion; see `DESIGN`.
         images: None (embedded images), a folder of photos, a list of H x W x 3 arrays, or a `data.Images`.
         setting: which degradations, see `degrade.SETTINGS`. recipe: a name in `RECIPES`, or any function
-            (model, x, y) -> estimate whose L1 distance to y is the loss.
+            (model, x, y) -> estimate whose L1 distance to y is the loss, or a list of estimates, with equal weights.
         steps, count, size: how many steps, of how many crops, of how many pixels a side (a multiple of 8).
         peak, warmup, decay, clip: AdamW's learning rate and its schedule, weight decay, largest gradient norm.
         folder: where `checkpoint.pt`, `log.csv` and, in the end, `model.safetensors` go, and TensorBoard's events where
@@ -98,8 +120,8 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
     step_function = RECIPES.get(recipe, recipe)
     if not callable(step_function):
         raise InputError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}, or pass a function")
-    if recipe in RECIPES and (recipe == "authors") != model.settings.fusion:
-        raise InputError(f"recipe {recipe!r} needs a model with fusion={recipe == 'authors'}")
+    if recipe in RECIPES and (recipe != "backbone") != model.settings.fusion:
+        raise InputError(f"recipe {recipe!r} needs a model with fusion={recipe != 'backbone'}")
     whole_numbers = dict(steps=steps, count=count, size=size, save_every=save_every, validate_every=validate_every,
                          accumulate=accumulate)  # fmt: skip
     for name, value in whole_numbers.items():
@@ -157,10 +179,10 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
                 with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
                     # no cache: a weight cast inside no_grad would be remembered without its gradient
                     with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
-                        estimate = forward(a, b).float()
-                    loss = F.l1_loss(estimate, b) / len(parts)
+                        estimates = forward(a, b).float()
+                    loss = F.l1_loss(estimates, b.expand_as(estimates)) / len(parts)
                     loss.backward()
-                mse = F.mse_loss(estimate.detach().clamp(0, 1), b, reduction="none").mean((1, 2, 3)).clamp(min=1e-10)
+                mse = (estimates[-1].detach().clamp(0, 1) - b).square().mean((1, 2, 3)).clamp(min=1e-10)
                 sums += torch.stack([loss.detach(), -10 * mse.log10().mean() / len(parts), loss.new_zeros(())])
             sums[2] = float(stop.asked)
             if world > 1:

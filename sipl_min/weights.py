@@ -7,7 +7,16 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .files import InputError, whole
+from .files import InputError, asset, whole
+
+INCLUDED = ("nano",)  # trained weights in data/, by the name of their preset
+
+
+def included(name):
+    """Path of weights that come with the project. Raises InputError for an unknown name."""
+    if name not in INCLUDED:
+        raise InputError(f"no weights {name!r} come with the project: choose one of {', '.join(INCLUDED)}")
+    return asset(f"{name}.safetensors")
 
 
 def save(model, path):

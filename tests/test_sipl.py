@@ -353,3 +353,36 @@ def test_a_plain_backbone_says_that_it_cannot_refine():
     for call in (lambda: model.refine(x, 1), lambda: model(x, model.privileged(x))):
         with pytest.raises(InputError, match="needs Proxy Fusion"):
             call()
+
+
+def test_loop_stops_when_a_step_changes_little():
+    torch.manual_seed(0)
+    model, x = SIPL("nano").eval(), torch.rand(1, 3, 24, 24)
+    found = model.refine(x, 6, return_all=True)
+    changes = [float((b - a).square().mean().sqrt()) for a, b in zip(found, found[1:])]
+    assert changes[0] > 2 * changes[-1] > 0
+    between = changes[2] * 1.001
+    stopped = model.refine(x, 6, return_all=True, stop="converged", tolerance=between)
+    assert len(stopped) == 1 + 1 + next(t for t, c in enumerate(changes) if c < between)
+    assert torch.equal(model.refine(x, 6, stop="converged", tolerance=between), stopped[-1])
+    assert len(model.refine(x, 6, return_all=True, stop="converged", tolerance=0.0)) == 7
+    with pytest.raises(InputError, match="unknown stop 'now'"):
+        model.refine(x, 1, stop="now")
+
+
+def test_aligned_features_start_at_nothing_and_then_count():
+    torch.manual_seed(0)
+    model = SIPL("nano", aligned=True).eval()
+    plain = SIPL("nano").eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("aligned")})
+    x = torch.rand(1, 3, 20, 28)
+    assert torch.equal(model.refine(x, 1), plain.refine(x, 1))
+    torch.nn.init.normal_(model.aligned[1].weight)
+    assert torch.equal(model(x), plain(x)) and not torch.allclose(model.refine(x, 1), plain.refine(x, 1), atol=1e-3)
+
+
+def test_pretrained_weights_by_name():
+    model = SIPL.from_pretrained()
+    assert not model.training and model.settings.dim == 16
+    with pytest.raises(InputError, match="no weights 'huge' come with the project: choose one of nano"):
+        SIPL.from_pretrained("huge")

@@ -1,0 +1,59 @@
+"""The study: arms of equal cost, paired rows, a table whose numbers are those of the rows, and resuming."""
+
+import numpy as np
+import pytest
+import torch
+
+from sipl_min import SIPL, benchmark, study, train
+from sipl_min.__main__ import main
+from sipl_min.files import InputError
+
+
+def test_widened_backbones_cost_what_ours_costs():
+    ours = study.cost(study.build("unroll"))
+    assert abs(study.cost(study.build("same parameters"))["parameters"] / ours["parameters"] - 1) < 0.1
+    assert abs(study.cost(study.build("same compute"))["operations"] / ours["operations"] - 1) < 0.15
+
+
+def test_unrolled_recipe_is_the_test_time_loop_with_gradients():
+    torch.manual_seed(0)
+    model = SIPL("nano", **train.DESIGN["unroll"])
+    for c in model.aligned:
+        torch.nn.init.normal_(c.weight, std=0.1)  # at zero, y1 would hardly depend on y0
+    x = torch.rand(2, 3, 16, 16)
+    found = train.unroll(model, x, x)
+    for a, b in zip(found, model.refine(x, 1, return_all=True), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert torch.allclose(model(x, model.privileged(found[0])), found[1], atol=1e-6)
+    found[-1].square().mean().backward()
+    assert model.encoder.embed.weight.grad.abs().max() > 0
+    first = torch.autograd.grad(train.unroll(model, x, x)[-1].sum(), model.aligned[0].weight)[0]
+    assert first.abs().max() > 0
+
+
+def test_study_writes_a_table_that_is_its_rows_and_keeps_what_is_done(tmp_path, capsys):
+    command = ["study", str(tmp_path), "--settings", "five_task", "--arms", "backbone", "unroll", "--seeds", "2",
+               "--steps", "2", "--T", "2", "--size", "32"]  # fmt: skip
+    assert main(command) == 0
+    rows = benchmark.read_csv(tmp_path / "study.csv")
+    assert len(rows) == 2 * 3 * 5 * (2 + 5)  # seeds, photos, columns; input and y0; input, y0, y1, y2 and oracle
+    mean = {s: np.mean([r["psnr"] for r in rows if (r["arm"], r["estimate"], r["seed"]) == ("unroll", "y1", s)])
+            for s in (0, 1)}  # fmt: skip
+    shown = f"{np.mean(list(mean.values())):.2f} ± {np.std(list(mean.values()), ddof=1):.2f}"
+    table = (tmp_path / "study.md").read_text()
+    assert shown in next(line for line in table.splitlines() if line.startswith("| unroll"))
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+    before = (tmp_path / "five_task-unroll-1.csv").stat().st_mtime_ns
+    assert main(command) == 0  # nothing is trained again
+    assert (tmp_path / "five_task-unroll-1.csv").stat().st_mtime_ns == before
+    assert main([*command[:-6], "--steps", "3", "--T", "2", "--size", "32"]) == 2
+    assert "2 steps of nano" in capsys.readouterr().err
+
+
+def test_study_names_what_it_does_not_know(tmp_path):
+    with pytest.raises(InputError, match="unknown arm 'ours'"):
+        study.run(tmp_path, arms=["ours"])
+    with pytest.raises(InputError, match="unknown setting 'rain'"):
+        study.run(tmp_path, settings=["rain"])
+    with pytest.raises(InputError, match="seeds=0"):
+        study.run(tmp_path, seeds=0)
