@@ -115,7 +115,7 @@ def to_tensor(image):
     check_photo(image)
     colour, _ = split_alpha(image)
     top = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
-    x = torch.from_numpy(np.ascontiguousarray(colour, dtype=np.float32)) / top
+    x = torch.from_numpy(np.array(colour, np.float32, order="C")) / top  # a copy: it may be read-only
     return x.permute(2, 0, 1)[None].expand(-1, 3, -1, -1).contiguous()
 
 

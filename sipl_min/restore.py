@@ -16,13 +16,15 @@ from .files import InputError, batch_of, from_tensor
 def restore(model, image, steps=None, feedback="privilege", tile=None, overlap=64, progress=False):
     """See `SIPL.restore`."""
     many = isinstance(image, (list, tuple))
-    images = [np.asarray(i) for i in image] if many else [np.asarray(image)]
+    given = list(image) if many else [image]
+    images = [i.detach().cpu().numpy() if isinstance(i, torch.Tensor) else np.asarray(i) for i in given]
     x = batch_of(images)
     size = choose_window(model, len(x), *x.shape[-2:], tile, overlap)
     steps = int(model.settings.fusion) if steps is None else steps
     own = next(model.parameters())  # its device and dtype
     y = windows(lambda part: model.refine(part.to(own), steps, feedback).to(x), x, size, overlap, progress)
     y = [from_tensor(a[None], like=i) for a, i in zip(y, images)]
+    y = [torch.from_numpy(a).to(g.device) if isinstance(g, torch.Tensor) else a for a, g in zip(y, given)]
     return y if many else y[0]
 
 

@@ -360,8 +360,7 @@ class SIPL(nn.Module):
         check_loop(steps, feedback, stop)
         if steps:
             check_fusion(self, "refinement")
-        h, w = x.shape[-2:]
-        found = []
+        (h, w), found = x.shape[-2:], []
         for y in self.estimates(self.pad(x, 16 if feedback == "chain" else 8), steps, feedback):
             before, y = found[-1:], y[..., :h, :w]
             found = [*found, y] if return_all else [y]
@@ -373,7 +372,7 @@ class SIPL(nn.Module):
         """A photo in, the same kind of photo out: any size; dtype, channels and alpha are kept.
 
         Args:
-            image: NumPy array H x W, or H x W x C with C = 1 (gray), 2 (gray + alpha), 3 (RGB), 4 (RGB + alpha);
+            image: array or tensor H x W, or H x W x C with C = 1 (gray), 2 (gray + alpha), 3 (RGB), 4 (RGB + alpha);
                 uint8, uint16, or floating point in [0, 1]. Or a list of photos of one H x W, restored as one batch.
             steps: refinement steps T (default 1; 0 for a plain backbone, which cannot refine).
             tile: pixels a side of the windows in which a large photo is restored; 0 never cuts; default: as large as

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
@@ -114,7 +115,8 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
         validate: function (model) -> dict of numbers, called every `validate_every` steps and logged.
         device: default CUDA if there, else CPU. autocast: bfloat16, default on CUDA only.
     Raises InputError for arguments that do not fit, or a checkpoint that belongs to another run; and
-        FloatingPointError, which names the step, where the loss is no longer finite.
+        FloatingPointError, which names the step, where loss or gradient is no longer finite; all before that step is
+        then in failed.pt, and checkpoint.pt is left as it was.
     """
     check_setting(setting)
     step_function = RECIPES.get(recipe, recipe)
@@ -188,13 +190,17 @@ def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, cou
             if world > 1:
                 dist.all_reduce(sums)
             loss, psnr, stopping = (sums / world).tolist()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {step}: lower peak={peak} or clip={clip}")
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+            if not math.isfinite(loss + norm):
+                what = f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite at step {step}"
+                if folder is not None and rank == 0:
+                    save_checkpoint(folder, run, step, model, optimizer, log, average, "failed.pt")
+                    what += f" ({folder / 'failed.pt'} holds all before it: as checkpoint.pt it begins there)"
+                raise FloatingPointError(f"{what}: lower peak={peak} or clip={clip}")
             optimizer.step()
             if average:
                 average.update_parameters(model)
-            row = dict(step=step, loss=loss, psnr=psnr, gradient=float(norm))
+            row = dict(step=step, loss=loss, psnr=psnr, gradient=norm)
             if validate is not None and ((step + 1) % validate_every == 0 or step + 1 == steps):
                 tested = average.module if average else model
                 tested.eval()
@@ -284,8 +290,11 @@ class Stop:
 # --------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(folder, run, step, model, optimizer, log, average=None):
-    """Write log.csv and checkpoint.pt (weights, their average, optimizer, step, the run's arguments), each whole."""
+def save_checkpoint(folder, run, step, model, optimizer, log, average=None, name="checkpoint.pt"):
+    """Write log.csv and checkpoint.pt (weights, their average, optimizer, step, the run's arguments), each whole.
+
+    Raises InputError where the disk is full; what was saved before is then still there.
+    """
     names = list(dict.fromkeys(name for row in log for name in row))
     with whole(folder / "log.csv") as temporary, open(temporary, "w", newline="") as f:
         writer = csv.DictWriter(f, names)
@@ -293,8 +302,11 @@ def save_checkpoint(folder, run, step, model, optimizer, log, average=None):
         writer.writerows(log)
     state = dict(run=run, step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
     state |= dict(average=average.state_dict()) if average else {}
-    with whole(folder / "checkpoint.pt") as temporary:
-        torch.save(state, temporary)
+    with whole(folder / name) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as e:  # how torch says that the disk is full
+            raise OSError(f"{str(e).splitlines()[0]}; the one before is kept, and continues once there is room") from e
 
 
 def resume(folder, run, model, optimizer, average=None):
@@ -306,6 +318,9 @@ def resume(folder, run, model, optimizer, average=None):
     if not path.exists():
         return 0, []
     try:
+        with zipfile.ZipFile(path) as z:  # torch does not look at the checksums in it
+            if damaged := z.testzip():
+                raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, never code
         old = state["run"]
     except Exception as e:  # damaged pickles raise anything

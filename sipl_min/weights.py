@@ -1,9 +1,11 @@
 """The project's own weight files: one safetensors file with the settings inside, written whole, read without code."""
 
 import json
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -21,10 +23,18 @@ def included(name):
 
 def save(model, path):
     """Write weights and settings of a `SIPL` to one file (to a temporary name first, then renamed)."""
-    header = {"sipl_min": json.dumps({"version": 1, "settings": asdict(model.settings)})}
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in model.state_dict().items()}
+    header = {"version": 1, "settings": asdict(model.settings), "crc32": checksum(tensors)}
     with whole(path) as temporary:
-        save_file(tensors, temporary, header)
+        save_file(tensors, temporary, {"sipl_min": json.dumps(header)})
+
+
+def checksum(tensors):
+    """One number for all weights, so that a bit that fell over on some disk is noticed."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+    return crc
 
 
 def load(path, net=None):
@@ -38,17 +48,19 @@ def load(path, net=None):
     try:
         with safe_open(path, framework="pt") as f:
             header, tensors = f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{name} is not a whole safetensors file ({e}): copy or save it again") from e
+    except (SafetensorError, OSError, ValueError) as e:
+        raise InputError(f"{name} is not a whole safetensors file ({str(e)[:120]}): copy or save it again") from e
     if "sipl_min" not in header:
         raise InputError(f"{name} was not written by model.save: pass a file that was, or try from_published")
     try:
         header = json.loads(header["sipl_min"])
         if header["version"] != 1:
             raise InputError(f"{name} has file version {header['version']}, this sipl_min reads 1: update sipl_min")
+        if header.get("crc32", crc := checksum(tensors)) != crc:
+            raise InputError(f"{name} is damaged, its weights are not those that were saved: copy or save it again")
         wrapped = "encoder" in header["settings"]
         model = rebuild(net, header["settings"], name) if wrapped else SIPL("paper", **header["settings"])
-    except (KeyError, TypeError, json.JSONDecodeError) as e:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
         raise InputError(f"{name} has a damaged header ({e}): copy or save it again") from e
     own = {key: t.shape for key, t in model.state_dict().items()}
     wrong = sorted(k for k in {*own, *tensors} if k not in tensors or own.get(k) != tensors[k].shape)

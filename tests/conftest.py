@@ -32,6 +32,21 @@ def photo():
     return np.stack([100 + 80 * np.sin(x / 5), 120 + 60 * np.cos(y / 7), 2 * x + y], 2).astype(np.uint8)
 
 
+@pytest.fixture
+def counted(record_property):
+    """`counted("what was tried", 500)`: the terminal summary prints it, once the test has passed."""
+    return lambda what, number: record_property("counted", (what, number))
+
+
+def pytest_terminal_summary(terminalreporter):
+    passed = terminalreporter.stats.get("passed", [])
+    lines = [value for report in passed for name, value in report.user_properties if name == "counted"]
+    if lines:
+        terminalreporter.section("tried, and survived")
+    for what, number in sorted(lines):
+        terminalreporter.line(f"{number:6d}  {what}")
+
+
 class Largest(TorchDispatchMode):
     """Remember the largest tensor that any operation makes."""
 
