@@ -11,6 +11,7 @@ import tifffile
 import torch
 from PIL import Image, ImageOps
 
+Name = str | os.PathLike  # of a file or folder
 PHOTOS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 UMASK = os.umask(0)
@@ -81,7 +82,7 @@ def check_privileged(privileged, x, widths):
                          "as in x or 1: pass what model.privileged(image) returns")  # fmt: skip
 
 
-def check_loop(steps, feedback, stop):
+def check_loop(model, steps, feedback, stop):
     """Raise InputError unless `SIPL.refine` can work with these."""
     if feedback not in ("privilege", "chain"):
         raise InputError(f"unknown feedback {feedback!r}: choose 'privilege' or 'chain'")
@@ -89,6 +90,8 @@ def check_loop(steps, feedback, stop):
         raise InputError(f"unknown stop {stop!r}: choose 'converged' or None")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise InputError(f"steps must be a whole number >= 0, not {steps!r}")
+    if steps:
+        check_fusion(model, "refinement")
 
 
 def check_fusion(model, what):
@@ -110,7 +113,7 @@ def split_alpha(image):
     return np.split(image, [image.shape[2] - (image.shape[2] % 2 == 0)], axis=2)
 
 
-def to_tensor(image):
+def to_tensor(image: np.ndarray) -> torch.Tensor:
     """A photo -> (1, 3, H, W) float32 in [0, 1]; gray becomes three equal channels, alpha is left out."""
     check_photo(image)
     colour, _ = split_alpha(image)
@@ -127,7 +130,7 @@ def batch_of(images):
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def from_tensor(x, like):
+def from_tensor(x: torch.Tensor, like: np.ndarray) -> np.ndarray:
     """(1, 3, H, W) -> a photo of the shape, dtype and alpha of the photo `like`; clamped, rounded to nearest."""
     colour, alpha = split_alpha(like)
     y = x[0].detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
@@ -139,7 +142,7 @@ def from_tensor(x, like):
 # ------------------------------------------------------------------------------------------ photos on disk
 
 
-def read(path):
+def read(path: Name) -> np.ndarray:
     """Read a photo: H x W [x C], uint8, uint16 or float; turned upright as its EXIF says; palettes resolved.
 
     Raises InputError where the file is missing, damaged or not an image.
@@ -222,7 +225,7 @@ def deep_png(path):
     return head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 26 and head[24] == 16 and head[25] != 0
 
 
-def write(path, image):
+def write(path: Name, image: np.ndarray) -> None:
     """Write a photo whole or not at all. Raises InputError where the format cannot hold it."""
     path, ending = Path(path), Path(path).suffix.lower()
     channels = np.atleast_3d(image).shape[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from .files import InputError
+from .files import InputError, Name
 from .settings import Settings
 from .sipl import SIPL
 
@@ -90,7 +90,7 @@ MARKS = {
 }
 
 
-def from_published(source):
+def from_published(source: Name | dict[str, torch.Tensor]) -> SIPL:
     """A `SIPL` with published weights; a plain backbone (fusion=False) where the weights are a plain backbone's.
 
     Args:
@@ -125,7 +125,8 @@ def from_published(source):
     return model.eval()
 
 
-def from_backbone(source, identity_start=False, **overrides):
+def from_backbone(source: Name | dict[str, torch.Tensor] | SIPL, identity_start: bool = False,
+                  **overrides: object) -> SIPL:  # fmt: skip
     """Weights of a plain backbone with new Proxy Fusion around them, ready to fine-tune.
 
     Args:

@@ -7,12 +7,14 @@ with prompts in the decoder. Method: Wu, Jiang, Jiang & Liu 2025, arXiv 2505.242
 Shapes in the comments: B images, C channels, H x W pixels, d = `Settings.dim`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from . import weights
-from .files import check_batch, check_fusion, check_loop, check_privileged, check_range
+from .files import Name, check_batch, check_fusion, check_loop, check_privileged, check_range
 from .restore import restore
 from .settings import choose
 from .tiles import add, local, pad, tiles
@@ -257,7 +259,7 @@ class SIPL(nn.Module):
     Raises InputError for an unknown preset or setting, or a value that cannot work.
     """
 
-    def __init__(self, preset="nano", **overrides):
+    def __init__(self, preset: str = "nano", **overrides: object) -> None:
         super().__init__()
         from .backbones import BACKBONES  # not above: that file is made of the blocks of this one
 
@@ -319,7 +321,7 @@ class SIPL(nn.Module):
 
     # ---- what people call
 
-    def forward(self, x, privileged=None):
+    def forward(self, x: torch.Tensor, privileged: list[torch.Tensor] | None = None) -> torch.Tensor:
         """Restore once: y0 = f(x; D), or with `privileged` the guided pass f(x; Read(D, P)).
 
         Args:
@@ -335,13 +337,14 @@ class SIPL(nn.Module):
         x = self.pad(x)
         return self.guided(x, self.encode(x), privileged)[..., :h, :w]
 
-    def privileged(self, image):
+    def privileged(self, image: torch.Tensor) -> list[torch.Tensor]:
         """E(image): encoder features at 1/2, 1/4, 1/8, a list of (B, 2d, H/2, W/2), (B, 4d, ...), (B, 8d, ...)."""
         check_batch(image, self, "image")
         return self.tap(self.pad(image))
 
     @torch.no_grad()
-    def refine(self, x, steps=1, feedback="privilege", return_all=False, stop=None, tolerance=0.5 / 255):
+    def refine(self, x: torch.Tensor, steps: int = 1, feedback: str = "privilege", return_all: bool = False,
+               stop: str | None = None, tolerance: float = 0.5 / 255) -> Any:  # fmt: skip
         """The test-time loop: the model's own estimate plays the clean image (SIPL, self-refinement).
 
         y0 = f(x; D), then `steps` times
@@ -357,9 +360,7 @@ class SIPL(nn.Module):
         """
         check_batch(x, self)
         check_range(x)
-        check_loop(steps, feedback, stop)
-        if steps:
-            check_fusion(self, "refinement")
+        check_loop(self, steps, feedback, stop)
         (h, w), found = x.shape[-2:], []
         for y in self.estimates(self.pad(x, 16 if feedback == "chain" else 8), steps, feedback):
             before, y = found[-1:], y[..., :h, :w]
@@ -368,7 +369,8 @@ class SIPL(nn.Module):
                 break
         return found if return_all else found[-1]
 
-    def restore(self, image, steps=None, feedback="privilege", tile=None, overlap=64, progress=False):
+    def restore(self, image: Any, steps: int | None = None, feedback: str = "privilege", tile: int | None = None,
+                overlap: int = 64, progress: bool = False) -> Any:  # fmt: skip
         """A photo in, the same kind of photo out: any size; dtype, channels and alpha are kept.
 
         Args:
@@ -382,19 +384,17 @@ class SIPL(nn.Module):
         """
         return restore(self, image, steps, feedback, tile, overlap, progress)
 
-    # ---- files
-
-    def save(self, path):
+    def save(self, path: Name) -> None:
         """Write weights and settings to one safetensors file (to a temporary name first, then renamed)."""
         weights.save(self, path)
 
     @classmethod
-    def load(cls, path, device=None, net=None):
+    def load(cls, path: Name, device: Any = None, net: nn.Module | None = None) -> "SIPL":
         """Read what `save` wrote (around a wrapped network: into that `net`). Raises InputError; runs no code."""
         model = weights.load(path, net).eval()
         return model if device is None else model.to(device)
 
     @classmethod
-    def from_pretrained(cls, name="nano", device=None):
+    def from_pretrained(cls, name: str = "nano", device: Any = None) -> "SIPL":
         """The trained weights that come with the project (data/README.md: how they were made, what they can do)."""
         return cls.load(weights.included(name), device)

@@ -8,9 +8,11 @@ import os
 import signal
 import threading
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,8 @@ from tqdm import tqdm
 
 from .data import Images, batch
 from .degrade import COLUMNS, check_setting
-from .files import InputError, whole
+from .files import InputError, Name, whole
+from .sipl import SIPL
 
 
 def authors(model, x, y):
@@ -92,9 +95,11 @@ class Step(nn.Module):
         return found[None] if isinstance(found, torch.Tensor) else torch.stack(found)  # (estimates, B, 3, H, W)
 
 
-def fit(model, images=None, *, setting="cdd11", recipe="authors", steps=400, count=8, size=48, peak=1e-3, warmup=20,
-        decay=1e-4, clip=1.0, seed=0, folder=None, save_every=100, save_minutes=10, validate=None, validate_every=100,
-        accumulate=1, ema=0.0, device=None, autocast=None, progress=True):  # fmt: skip
+def fit(model: SIPL, images: Any = None, *, setting: str = "cdd11", recipe: str | Callable = "authors",
+        steps: int = 400, count: int = 8, size: int = 48, peak: float = 1e-3, warmup: int = 20, decay: float = 1e-4,
+        clip: float = 1.0, seed: int = 0, folder: Name | None = None, save_every: int = 100, save_minutes: float = 10,
+        validate: Callable | None = None, validate_every: int = 100, accumulate: int = 1, ema: float = 0.0,
+        device: Any = None, autocast: bool | None = None, progress: bool = True) -> list[dict[str, float]]:  # fmt: skip
     """Train a model in place and return the log, a list of one dict per step.
 
     Under torchrun every process makes the same batch and works on its share of it; DistributedDataParallel averages the

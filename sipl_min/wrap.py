@@ -114,8 +114,8 @@ def hooks(net, names, function: Callable):
                 handle.remove()
 
 
-def wrap(net, encoder, decoder, example, *, dictionary_size=None, read_heads=None, write_heads=None,
-         dictionary_std=0.02, identity_start=False, multiple=8):  # fmt: skip
+def wrap(net: nn.Module, encoder: list[str], decoder: list[str], example: torch.Tensor, *, dictionary_size=None,
+         read_heads=None, write_heads=None, dictionary_std=0.02, identity_start=False, multiple=8):  # fmt: skip
     """SIPL around any network: features are tapped, and fused, behind modules found by their names.
 
     Args:

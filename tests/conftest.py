@@ -1,5 +1,10 @@
 """What several tests need: tiny models, a photo, small files."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the processor: a thread for each, in notebooks too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
