@@ -192,3 +192,15 @@ def save(rows, folder):
     with whole(folder / "study.md") as temporary:
         temporary.write_text(report(rows))
     show.save(draw(rows), folder / "study.png")
+
+
+# ----------------------------------------------------------------------------------------- without ground truth
+
+
+def excess(y):
+    """How far an estimate (B, 3, H, W) leaves [0, 1], mean over its values: (B,).
+
+    The best of the signals tried for whether a further step helps: it did if the excess fell. Notebook 04 measures how
+    often that is right, which is not often enough to rely on.
+    """
+    return (y - y.clamp(0, 1)).abs().mean((1, 2, 3))

@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 
 from .files import InputError, asset, whole
 
-INCLUDED = ("nano",)  # trained weights in data/, by the name of their preset
+INCLUDED = ("nano", "nano-authors")  # trained weights in data/: ours, and those of the released recipe
 
 
 def included(name):
     """Path of weights that come with the project. Raises InputError for an unknown name."""
     if name not in INCLUDED:
         raise InputError(f"no weights {name!r} come with the project: choose one of {', '.join(INCLUDED)}")
-    return asset(f"{name}.safetensors")
+    return asset(f"{name.replace('-', '_')}.safetensors")
 
 
 def save(model, path):

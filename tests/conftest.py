@@ -1,6 +1,7 @@
 """What several tests need: tiny models, a photo, small files."""
 
 import os
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the processor: a thread for each, in notebooks too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,6 +42,26 @@ def photo():
 def counted(record_property):
     """`counted("what was tried", 500)`: the terminal summary prints it, once the test has passed."""
     return lambda what, number: record_property("counted", (what, number))
+
+
+ROOT = Path(__file__).parent.parent
+CACHES = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis", "runs"}
+
+
+def files():
+    return {p for p in ROOT.rglob("*")
+            if not CACHES & {*p.relative_to(ROOT).parts} and p.is_file()}  # fmt: skip
+
+
+def pytest_sessionstart(session):
+    session.files = files()
+
+
+def pytest_sessionfinish(session):
+    """Tests and notebooks leave no file in the project."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and (left := files() - session.files):
+        print("\nleft behind:", *sorted(left), sep="\n  ")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter):

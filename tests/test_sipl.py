@@ -384,5 +384,5 @@ def test_aligned_features_start_at_nothing_and_then_count():
 def test_pretrained_weights_by_name():
     model = SIPL.from_pretrained()
     assert not model.training and model.settings.dim == 16
-    with pytest.raises(InputError, match="no weights 'huge' come with the project: choose one of nano"):
+    with pytest.raises(InputError, match="no weights 'huge' come with the project: choose one of nano, nano-authors"):
         SIPL.from_pretrained("huge")
