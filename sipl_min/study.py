@@ -15,22 +15,25 @@ from .settings import choose
 from .sipl import SIPL
 from .speed import Operations
 
-# arm -> (recipe, is the plain backbone widened, and what is then equal to the arm `unroll`)
+# arm -> (recipe, in what the plain backbone is widened to equal `unroll` at T = 1, settings other than the recipe's)
 ARMS = {
-    "backbone": ("backbone", None),
-    "same parameters": ("backbone", "parameters"),
-    "same compute": ("backbone", "operations"),
-    "privilege": ("privilege", None),
-    "authors": ("authors", None),
-    "unroll": ("unroll", None),
+    "backbone": ("backbone", None, {}),
+    "same parameters": ("backbone", "parameters", {}),
+    "same compute": ("backbone", "operations", {}),
+    "privilege": ("privilege", None, {}),
+    "authors": ("authors", None, {}),
+    "unroll": ("unroll", None, {}),
+    "unroll, not aligned": ("unroll", None, dict(aligned=False)),
+    "unroll, released write": ("unroll", None, dict(aligned=False, identity_start=False)),
 }
+MAIN = list(ARMS)[:6]  # what is compared unless somebody asks for the others
 
 
 def build(arm, preset="nano"):
     """The untrained model of an arm."""
-    recipe, equal = ARMS[arm]
-    settings = train.DESIGN[recipe]
-    return SIPL(preset, **settings, **({"dim": widened(preset, equal)} if equal else {}))
+    recipe, equal, other = ARMS[arm]
+    width = {"dim": widened(preset, equal)} if equal else {}
+    return SIPL(preset, **train.DESIGN[recipe] | other | width)
 
 
 @functools.cache
@@ -70,7 +73,7 @@ def measure(model, setting, photos, steps, size):
     return rows
 
 
-def run(folder, images=None, test=None, settings=("cdd11", "five_task"), arms=tuple(ARMS), seeds=3, preset="nano",
+def run(folder, images=None, test=None, settings=("cdd11", "five_task"), arms=tuple(MAIN), seeds=3, preset="nano",
         steps=400, T=4, size=128, photos=12, device=None, progress=True):  # fmt: skip
     """Train and measure every arm with every seed and setting; finished ones are kept, an interrupted one continues.
 
@@ -96,7 +99,7 @@ def run(folder, images=None, test=None, settings=("cdd11", "five_task"), arms=tu
     schedule = train.SCHEDULES[choose(preset) and preset] | dict(steps=steps)
     jobs = [(setting, seed, arm) for setting in settings for seed in range(seeds) for arm in arms]
     for setting, seed, arm in tqdm(jobs, unit="training", disable=not progress):
-        place = folder / f"{setting}-{arm.replace(' ', '_')}-{seed}"
+        place = folder / f"{setting}-{arm.replace(',', '').replace(' ', '_')}-{seed}"
         done = place.with_suffix(".csv")
         if not done.exists():
             torch.manual_seed(seed)
@@ -152,16 +155,23 @@ def report(rows):
 
 
 def gains(rows, setting, arms):
-    """Lines of the second table: y1 less y0 and less the plain backbones, for the same image and seed."""
-    lines = ["| ŷ₁ of | less | dB, mean over images, ± over seeds | images where ŷ₁ is better |", "|---|---|---|---|"]
-    for arm in arms:
-        refined = values(rows, setting, arm, "y1")
-        for other in (arm, *(b for b in arms if ARMS[b][0] == "backbone")) if len(refined) else ():
-            base = values(rows, setting, other, "y0")
-            both = min(len(refined), len(base))
-            less = refined[:both] - base[:both]
-            name = "its own ŷ₀" if other == arm else other
-            lines.append(f"| {arm} | {name} | {spread(less.mean(1), '+')} | {(less > 0).mean():.0%} |")
+    """Lines of the second table: what each arm ends with, less y0 and less the plain backbones, paired."""
+    lines = [
+        "| estimate | less | dB, mean over images, ± over seeds | images where it is better |",
+        "|---|---|---|---|",
+    ]
+    for arm in (a for a in arms if ARMS[a][0] != "backbone"):
+        last = "y0" if ARMS[arm][0] == "privilege" else "y1"  # classic privilege learning does not refine
+        for other in (arm, *(b for b in arms if ARMS[b][0] == "backbone")):
+            if (other, last) == (arm, "y0"):
+                continue
+            found, base = values(rows, setting, arm, last), values(rows, setting, other, "y0")
+            both = min(len(found), len(base))
+            less = found[:both] - base[:both]
+            share = f"{(less > 0).mean():.0%}"
+            lines.append(
+                f"| {arm}, {last} | {'its y0' if other == arm else other} | {spread(less.mean(1), '+')} | {share} |"
+            )
     return lines
 
 

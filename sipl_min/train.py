@@ -212,7 +212,7 @@ def fit(model: SIPL, images: Any = None, *, setting: str = "cdd11", recipe: str 
                 row.update(validate(tested))
                 tested.train()
             log.append(row)
-            for name, value in row.items() if writer else ():
+            for name, value in list(row.items())[1:] if writer else ():
                 writer.add_scalar(name, value, step)
             bar.set_postfix(loss=f"{loss:.4f}", psnr=f"{psnr:.2f} dB", refresh=False)
             late = monotonic() - saved > 60 * save_minutes
