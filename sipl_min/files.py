@@ -82,12 +82,14 @@ def check_privileged(privileged, x, widths):
                          "as in x or 1: pass what model.privileged(image) returns")  # fmt: skip
 
 
-def check_loop(model, steps, feedback, stop):
+def check_loop(model, steps, feedback, stop, tolerance):
     """Raise InputError unless `SIPL.refine` can work with these."""
     if feedback not in ("privilege", "chain"):
         raise InputError(f"unknown feedback {feedback!r}: choose 'privilege' or 'chain'")
     if stop not in (None, "converged"):
         raise InputError(f"unknown stop {stop!r}: choose 'converged' or None")
+    if type(tolerance) not in (int, float) or not tolerance >= 0:  # NaN fails too
+        raise InputError(f"tolerance={tolerance!r} must be a number >= 0")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise InputError(f"steps must be a whole number >= 0, not {steps!r}")
     if steps:
@@ -120,6 +122,17 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
     top = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
     x = torch.from_numpy(np.array(colour, np.float32, order="C")) / top  # a copy: it may be read-only
     return x.permute(2, 0, 1)[None].expand(-1, 3, -1, -1).contiguous()
+
+
+def to_array(image):
+    """A photo, array or tensor on any device, as an array. Raises InputError for tensors that NumPy cannot hold."""
+    if not isinstance(image, torch.Tensor):
+        return np.asarray(image)
+    try:
+        return image.detach().cpu().numpy()
+    except (TypeError, RuntimeError) as e:  # bfloat16, sparse, or without data
+        raise InputError(f"a photo must be uint8, uint16 or float in [0, 1], not a tensor of {image.dtype} on "
+                         f"{image.device}: convert it") from e  # fmt: skip
 
 
 def batch_of(images):

@@ -5,11 +5,10 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from .files import InputError, batch_of, from_tensor
+from .files import InputError, batch_of, from_tensor, to_array
 
 
 @torch.no_grad()
@@ -17,7 +16,7 @@ def restore(model, image, steps=None, feedback="privilege", tile=None, overlap=6
     """See `SIPL.restore`."""
     many = isinstance(image, (list, tuple))
     given = list(image) if many else [image]
-    images = [i.detach().cpu().numpy() if isinstance(i, torch.Tensor) else np.asarray(i) for i in given]
+    images = [to_array(i) for i in given]
     x = batch_of(images)
     size = choose_window(model, len(x), *x.shape[-2:], tile, overlap)
     steps = int(model.settings.fusion) if steps is None else steps

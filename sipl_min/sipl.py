@@ -360,7 +360,7 @@ class SIPL(nn.Module):
         """
         check_batch(x, self)
         check_range(x)
-        check_loop(self, steps, feedback, stop)
+        check_loop(self, steps, feedback, stop, tolerance)
         (h, w), found = x.shape[-2:], []
         for y in self.estimates(self.pad(x, 16 if feedback == "chain" else 8), steps, feedback):
             before, y = found[-1:], y[..., :h, :w]

@@ -1,6 +1,8 @@
 """Does refinement pay? Recipes trained equally long, with several seeds, and compared image by image."""
 
 import functools
+import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -93,9 +95,15 @@ def run(folder, images=None, test=None, settings=("cdd11", "five_task"), arms=tu
     for name, value in (("seeds", seeds), ("photos", photos), ("T", T)):
         if type(value) is not int or value < 1:
             raise InputError(f"{name}={value!r} must be a positive whole number")
+    if type(size) is not int or size < 16:
+        raise InputError(f"size={size!r} must be a whole number, 16 pixels or more")
     paths = find_photos(test) if test else []
     chosen = {p.stem: read(p) for p in paths[:: max(1, len(paths) // photos)][:photos]} if paths else held_out()
+    for photo in chosen.values():
+        benchmark.centre(photo, size)  # says now, not after hours, what is too small
     images = Images(images)
+    same = json.dumps([preset, steps, T, size, images.names(), [[n, p.shape] for n, p in chosen.items()]])
+    same = str(zlib.crc32(same.encode()))  # what must agree between the rows of one table
     schedule = train.SCHEDULES[choose(preset) and preset] | dict(steps=steps)
     jobs = [(setting, seed, arm) for setting in settings for seed in range(seeds) for arm in arms]
     for setting, seed, arm in tqdm(jobs, unit="training", disable=not progress):
@@ -104,14 +112,14 @@ def run(folder, images=None, test=None, settings=("cdd11", "five_task"), arms=tu
         if not done.exists():
             torch.manual_seed(seed)
             model = build(arm, preset)
-            about = dict(arm=arm, seed=seed, preset=preset, steps=steps) | cost(model)
+            about = dict(study=same, arm=arm, seed=seed, preset=preset, steps=steps) | cost(model)
             train.fit(model, images, setting=setting, recipe=ARMS[arm][0], seed=seed, folder=place, device=device,
                       progress=progress, **schedule)  # fmt: skip
             benchmark.write_csv([about | row for row in measure(model, setting, chosen, T, size)], done)
         found = benchmark.read_csv(done)
-        was = f"{found[0]['steps']} steps of {found[0]['preset']}"
-        if was != f"{steps} steps of {preset}":
-            raise InputError(f"{str(done)!r} is of {was}: repeat its arguments, or pass another folder")
+        if found[0].get("study") != same:
+            was = f"{found[0]['steps']} steps of {found[0]['preset']}"
+            raise InputError(f"{str(done)!r} is of another study ({was}): repeat its arguments, or pass another folder")
         rows += found
     return rows
 

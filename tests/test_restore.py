@@ -142,6 +142,12 @@ def test_a_list_of_photos_is_one_batch(model, photo):
 # --------------------------------------------------------------------------------------------------- speed
 
 
+@pytest.mark.parametrize("options", [dict(dtype=torch.bfloat16), dict(dtype=torch.int64), dict(device="meta")])
+def test_tensors_that_are_no_photos(model, options):
+    with pytest.raises(InputError, match="a photo must be uint8, uint16 or float"):
+        model.restore(torch.zeros(8, 8, 3, **options))
+
+
 def test_the_naive_path_is_put_away_again():
     forwards = [part.forward for part in speed.PARTS]
     with pytest.raises(RuntimeError), speed.naive():

@@ -368,6 +368,9 @@ def test_loop_stops_when_a_step_changes_little():
     assert len(model.refine(x, 6, return_all=True, stop="converged", tolerance=0.0)) == 7
     with pytest.raises(InputError, match="unknown stop 'now'"):
         model.refine(x, 1, stop="now")
+    for tolerance in (-1, float("nan"), "small"):
+        with pytest.raises(InputError, match="must be a number >= 0"):
+            model.refine(x, 1, stop="converged", tolerance=tolerance)
 
 
 def test_aligned_features_start_at_nothing_and_then_count():

@@ -48,6 +48,9 @@ def test_study_writes_a_table_that_is_its_rows_and_keeps_what_is_done(tmp_path, 
     assert (tmp_path / "five_task-unroll-1.csv").stat().st_mtime_ns == before
     assert main([*command[:-6], "--steps", "3", "--T", "2", "--size", "32"]) == 2
     assert "2 steps of nano" in capsys.readouterr().err
+    for other in (["--T", "3"], ["--size", "48"]):  # rows that do not belong into one table
+        assert main([*command, *other]) == 2
+        assert "is of another study" in capsys.readouterr().err
 
 
 def test_study_names_what_it_does_not_know(tmp_path):
@@ -57,3 +60,6 @@ def test_study_names_what_it_does_not_know(tmp_path):
         study.run(tmp_path, settings=["rain"])
     with pytest.raises(InputError, match="seeds=0"):
         study.run(tmp_path, seeds=0)
+    with pytest.raises(InputError, match="16 pixels or more"):  # before anything is trained
+        study.run(tmp_path, size=8)
+    assert not list(tmp_path.iterdir())
