@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 from tqdm import tqdm
 
 from . import benchmark, show, train
@@ -16,6 +17,54 @@ from .files import InputError, find_photos, read, whole
 from .settings import choose
 from .sipl import SIPL
 from .speed import Operations
+
+
+class Correcting(SIPL):
+    """Tried: the guided pass corrects the estimate before it, y_t = y_{t-1} + its damage, instead of x."""
+
+    def estimates(self, x, steps=1, feedback="privilege"):
+        features = self.encode(x)
+        yield (y := self.guided(x, features))
+        for _ in range(steps):
+            yield (y := self.guided(x, features, self.tap(y)) - x + y)
+
+
+class Recurrent(SIPL):
+    """Tried, for a bound: no dictionary; the encoder itself sees x and y_{t-1}, all there is, in every pixel."""
+
+    def __init__(self, preset="nano", **overrides):
+        super().__init__(preset, **overrides)
+        del self.fusion
+        d = self.settings.dim
+        self.embed = nn.Conv2d(3, d, 3, padding=1, bias=False)
+        nn.init.zeros_(self.embed.weight)
+
+    def proxies(self, privileged=None):
+        return None
+
+    def estimates(self, x, steps=1, feedback="privilege"):
+        yield (y := self.decode(x, self.encode(x)))
+        for _ in range(steps):
+            seen = self.embed(y - x)
+            hook = self.encoder.embed.register_forward_hook(lambda module, inputs, out, seen=seen: out + seen)
+            features = self.encode(x)
+            hook.remove()
+            yield (y := self.decode(x, features))
+
+
+def late(model, x, y):
+    """Tried: `unroll` with a tenth of the gradient on y0, so that the second pass has more left to do."""
+    first, second = model.estimates(x, steps=1)
+    return [first.detach() + 0.1 * (first - first.detach()), second]
+
+
+def half(model, x, y):
+    """Tried: P from the clean image for half of the batch and from y0 for the other half; a loss on both passes."""
+    features = model.encode(x)
+    first = model.guided(x, features)
+    clean = (torch.arange(len(x), device=x.device) % 2 == 0)[:, None, None, None]
+    return [first, model.guided(x, features, model.tap(torch.where(clean, y, first)))]
+
 
 # arm -> (recipe, in what the plain backbone is widened to equal `unroll` at T = 1, settings other than the recipe's)
 ARMS = {
@@ -27,7 +76,12 @@ ARMS = {
     "unroll": ("unroll", None, {}),
     "unroll, not aligned": ("unroll", None, dict(aligned=False)),
     "unroll, released write": ("unroll", None, dict(aligned=False, identity_start=False)),
+    "unroll, loss late": (late, None, {}),
+    "unroll, P half clean": (half, None, {}),
+    "correcting, loss late": (late, None, {}),
+    "recurrent, loss late": (late, None, dict(aligned=False)),
 }
+CLASSES = {"correcting, loss late": Correcting, "recurrent, loss late": Recurrent}  # the others are SIPL
 MAIN = list(ARMS)[:6]  # what is compared unless somebody asks for the others
 
 
@@ -35,7 +89,8 @@ def build(arm, preset="nano"):
     """The untrained model of an arm."""
     recipe, equal, other = ARMS[arm]
     width = {"dim": widened(preset, equal)} if equal else {}
-    return SIPL(preset, **train.DESIGN[recipe] | other | width)
+    design = train.DESIGN[recipe if isinstance(recipe, str) else "unroll"]
+    return CLASSES.get(arm, SIPL)(preset, **design | other | width)
 
 
 @functools.cache
@@ -69,7 +124,7 @@ def measure(model, setting, photos, steps, size):
         for name, photo in photos.items():
             x, y = benchmark.pair(benchmark.centre(photo, size), setting, column, device=device)
             found = benchmark.estimates(model, x, steps if model.settings.fusion else 0)
-            if model.settings.fusion:
+            if model.settings.fusion and type(model) is SIPL:  # the others have no pass that P alone guides
                 found["oracle"] = model(x, model.privileged(y))
             rows += [dict(setting=setting, column=column, photo=name) | row for row in benchmark.scores(found, y)]
     return rows

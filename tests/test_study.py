@@ -31,6 +31,33 @@ def test_unrolled_recipe_is_the_test_time_loop_with_gradients():
     assert first.abs().max() > 0
 
 
+def test_arms_that_were_tried_do_what_they_are_called():
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 2, 3, 16, 16)
+    found = {arm: study.build(arm).eval() for arm in study.ARMS}
+    for model in found.values():
+        for name, p in model.named_parameters():
+            if name.startswith(("aligned", "embed")):
+                torch.nn.init.normal_(p, std=0.1)  # at zero, y1 would hardly depend on y0
+    correcting, recurrent, ours = (found[arm] for arm in ("correcting, loss late", "recurrent, loss late", "unroll"))
+    with torch.no_grad():
+        a, b, c = correcting.refine(x, 2, return_all=True)
+        assert torch.allclose(c, correcting(x, correcting.privileged(b)) - x + b, atol=1e-5)
+        a, b, c = recurrent.refine(x, 2, return_all=True)
+        assert (b - a).abs().max() > 1e-3 and (c - b).abs().max() > 1e-5
+        recurrent.embed.weight.zero_()  # blind to its estimate, it can only repeat itself
+        assert torch.equal(recurrent.refine(x, 2), recurrent.refine(x, 0))
+        first, second = study.half(ours, x, y)
+        assert torch.allclose(second[0], ours(x, ours.privileged(y))[0], atol=1e-5)  # the clean image
+        assert torch.allclose(second[1], ours(x, ours.privileged(first))[1], atol=1e-5)  # the estimate
+    first, second = study.late(ours, x, y)
+    first.sum().backward()
+    gradient = ours.decoder.output.weight.grad.clone()
+    ours.zero_grad()
+    ours(x).sum().backward()
+    assert torch.allclose(gradient, 0.1 * ours.decoder.output.weight.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_study_writes_a_table_that_is_its_rows_and_keeps_what_is_done(tmp_path, capsys):
     command = ["study", str(tmp_path), "--settings", "five_task", "--arms", "backbone", "unroll", "--seeds", "2",
                "--steps", "2", "--T", "2", "--size", "32"]  # fmt: skip
