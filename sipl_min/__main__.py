@@ -1,6 +1,7 @@
 """The command line: python -m sipl_min demo | train | restore | benchmark | study | data."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -117,7 +118,12 @@ def main(arguments=None):
 
     options = parser.parse_args(arguments)
     try:
-        return options.function(options) or 0
+        code = options.function(options) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return 141
     except (InputError, FloatingPointError, OSError) as e:  # OSError: of paths that the system does not take
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -233,3 +233,11 @@ def test_help_is_for_people_and_no_traceback_reaches_them():
     failed = call("restore", "nowhere.png", "out.png")
     assert failed.returncode == 2 and "Traceback" not in failed.stderr and "nowhere.png" in failed.stderr
     assert call("dance").returncode == 2
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    command = subprocess.Popen(
+        [sys.executable, "-m", "sipl_min", "data", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    command.stdout.close()  # what `| head` does
+    assert command.stderr.read() == b"" and command.wait() == 141
