@@ -236,8 +236,7 @@ def test_help_is_for_people_and_no_traceback_reaches_them():
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
-    command = subprocess.Popen(
-        [sys.executable, "-m", "sipl_min", "data", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    command.stdout.close()  # what `| head` does
-    assert command.stderr.read() == b"" and command.wait() == 141
+    command = [sys.executable, "-m", "sipl_min", "data", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.close()  # what `| head` does
+        assert run.stderr.read() == b"" and run.wait() == 141
