@@ -73,6 +73,8 @@ def main(arguments=None):
     c.add_argument("--save-minutes", type=float, default=10, help="and minutes (default: %(default)s)")
     c.add_argument("--ema", type=float, default=0.0, help="decay of a moving average of the weights, e.g. 0.999, which "
                    "then is the result (default: none)")  # fmt: skip
+    c.add_argument("--mild", type=float, default=0.0, help="share of the crops that are degraded only in part, so that "
+                   "good photos are not spoilt (default: none)")  # fmt: skip
     c.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
 
     c = command("benchmark", run_benchmark, "PSNR and SSIM on each column of a setting, the published table beside; "
@@ -279,7 +281,7 @@ def train_model(options):
 
         every = options.validate_every
         schedule |= dict(validate=validate, validate_every=every) if every else {}
-        names = ("setting", "recipe", "seed", "save_every", "save_minutes", "accumulate", "ema", "folder")
+        names = ("setting", "recipe", "seed", "save_every", "save_minutes", "accumulate", "ema", "mild", "folder")
         train.fit(model, images, device=device, **schedule, **{name: getattr(options, name) for name in names})
         if first:
             print(f"weights: {Path(options.folder) / 'model.safetensors'}")

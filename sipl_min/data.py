@@ -167,12 +167,14 @@ def cut(images, size, g):
     return [torch.rot90(t.flip(-1) if flip else t, turn, (-2, -1)) for t in images]
 
 
-def batch(images, step, *, setting="cdd11", size=48, count=8, seed=0, device="cpu"):
+def batch(images, step, *, setting="cdd11", size=48, count=8, seed=0, device="cpu", mild=0.0):
     """Training batch number `step`: degraded x and clean y, both (count, 3, size, size) in [0, 1], and column names.
 
     A pure function of its arguments: nothing is remembered between steps, so training resumes where it stopped.
     Crops are cut on the CPU; the degradations run where the batch is. Each crop draws its column evenly, so that no
-    task starves, however few images it has; columns in `images.pairs` take their crop from there.
+    task starves, however few images it has; columns in `images.pairs` take their crop from there. A share `mild` of
+    the crops is degraded less, x <- y + s (x - y) with s uniform in (0, 1): a network that saw only bad photos spoils
+    good ones.
     """
     check_setting(setting)
     g = generator(hash_seed(seed, step))
@@ -187,6 +189,9 @@ def batch(images, step, *, setting="cdd11", size=48, count=8, seed=0, device="cp
     if made:
         noise = generator(hash_seed(seed, step, 1), device)
         x[made] = degrade(y[made], noise, setting, [columns[i] for i in made], depths[made].to(device))
+    if mild:
+        weaker, s = torch.rand(2, count, 1, 1, 1, generator=generator(hash_seed(seed, step, 2))).to(device)
+        x = torch.where(weaker < mild, y + s * (x - y), x)
     return x, y, columns
 
 

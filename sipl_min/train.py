@@ -99,7 +99,8 @@ def fit(model: SIPL, images: Any = None, *, setting: str = "cdd11", recipe: str 
         steps: int = 400, count: int = 8, size: int = 48, peak: float = 1e-3, warmup: int = 20, decay: float = 1e-4,
         clip: float = 1.0, seed: int = 0, folder: Name | None = None, save_every: int = 100, save_minutes: float = 10,
         validate: Callable | None = None, validate_every: int = 100, accumulate: int = 1, ema: float = 0.0,
-        device: Any = None, autocast: bool | None = None, progress: bool = True) -> list[dict[str, float]]:  # fmt: skip
+        mild: float = 0.0, device: Any = None, autocast: bool | None = None,
+        progress: bool = True) -> list[dict[str, float]]:  # fmt: skip
     """Train a model in place and return the log, a list of one dict per step.
 
     Under torchrun every process makes the same batch and works on its share of it; DistributedDataParallel averages the
@@ -117,6 +118,7 @@ def fit(model: SIPL, images: Any = None, *, setting: str = "cdd11", recipe: str 
             as many processes); Ctrl-C saves one and stops. save_every, save_minutes: what is between checkpoints.
         accumulate: in how many parts a batch is worked on, for lack of memory. ema: decay of an exponential moving
             average of the weights, e.g. 0.999, which is then what is validated and, in the end, what the model holds.
+        mild: share of the crops that are degraded only in part, see `data.batch`.
         validate: function (model) -> dict of numbers, called every `validate_every` steps and logged.
         device: default CUDA if there, else CPU. autocast: bfloat16, default on CUDA only.
     Raises InputError for arguments that do not fit, or a checkpoint that belongs to another run; and
@@ -144,13 +146,15 @@ def fit(model: SIPL, images: Any = None, *, setting: str = "cdd11", recipe: str 
         raise InputError(f"count={count} must be a multiple of {world} processes times accumulate={accumulate}")
     if not 0 <= ema < 1:
         raise InputError(f"ema={ema!r} must be at least 0 and below 1")
+    if not 0 <= mild <= 1:
+        raise InputError(f"mild={mild!r} must be between 0 and 1")
     for name, value in (("peak", peak), ("clip", clip), ("save_minutes", save_minutes)):
         if not 0 < value < math.inf:
             raise InputError(f"{name}={value!r} must be a positive number")
     if not 0 <= decay < math.inf:
         raise InputError(f"decay={decay!r} must be a number >= 0")
     label = recipe if isinstance(recipe, str) else getattr(recipe, "__name__", type(recipe).__name__)
-    peak, decay, clip, ema = map(float, (peak, decay, clip, ema))  # not NumPy's, which checkpoints cannot hold
+    peak, decay, clip, ema, mild = map(float, (peak, decay, clip, ema, mild))  # not NumPy's: no checkpoint holds those
     device = usable(device)
     autocast = device.type == "cuda" if autocast is None else autocast
     images = images if isinstance(images, Images) else Images(images, seed=seed)
@@ -164,7 +168,8 @@ def fit(model: SIPL, images: Any = None, *, setting: str = "cdd11", recipe: str 
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=decay, fused=device.type == "cuda")
     run = dict(settings=asdict(model.settings), setting=setting, recipe=label,
                steps=steps, count=count, size=size, peak=peak, warmup=warmup, decay=decay, clip=clip, seed=seed,
-               accumulate=accumulate, ema=ema, processes=world, images=images.names())  # fmt: skip
+               accumulate=accumulate, ema=ema, processes=world, images=images.names(),
+               **(dict(mild=mild) if mild else {}))  # fmt: skip
     run = json.loads(json.dumps(run, default=str))  # plain text and numbers, as they will be read back
     start, log, writer = 0, [], None
     if folder is not None:
@@ -175,7 +180,7 @@ def fit(model: SIPL, images: Any = None, *, setting: str = "cdd11", recipe: str 
     bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress or rank > 0, unit="step")
     with Stop() as stop:
         for step in bar:
-            x, y, _ = batch(images, step, setting=setting, size=size, count=count, seed=seed, device=device)
+            x, y, _ = batch(images, step, setting=setting, size=size, count=count, seed=seed, device=device, mild=mild)
             parts = list(zip(x[rank::world].chunk(accumulate), y[rank::world].chunk(accumulate)))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak, warmup)

@@ -202,6 +202,17 @@ def test_batches_are_a_function_of_seed_and_step():
     assert a[0].shape == a[1].shape == (4, 3, 32, 32)
 
 
+def test_mild_crops_are_the_same_degradation_in_part():
+    x, y, columns = data.batch(images := data.Images(leaves=2), 3, size=32, count=16, setting="five_task")
+    weak, same, again = data.batch(images, 3, size=32, count=16, setting="five_task", mild=0.5)
+    assert torch.equal(y, same) and columns == again
+    full = (x - y).abs().mean((1, 2, 3))
+    share = ((weak - y) * (x - y)).sum((1, 2, 3)) / (x - y).square().sum((1, 2, 3))  # s, per crop
+    assert torch.allclose(weak, y + share[:, None, None, None] * (x - y), atol=1e-5) and (full > 0).all()
+    assert 2 < (share < 0.999).sum() < 14 and ((share >= 0) & (share < 1.001)).all()
+    assert torch.equal(data.batch(images, 3, size=32, count=16, setting="five_task", mild=0.0)[0], x)
+
+
 def test_a_crop_and_its_depth_turn_together():
     images = data.Images([np.zeros((40, 50, 3), np.uint8)], leaves=0)
     ramp = torch.arange(40 * 50).reshape(1, 40, 50) % 251

@@ -250,6 +250,7 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path):
         (dict(save_every=0), "save_every=0 must be a positive whole number"),
         (dict(accumulate=0), "accumulate=0 must be a positive whole number"),
         (dict(accumulate=2, count=3), "count=3 must be a multiple of 1 processes times accumulate=2"),
+        (dict(mild=1.1), "mild=1.1 must be between 0 and 1"),
         (dict(ema=1.0), "ema=1.0 must be at least 0 and below 1"),
         (dict(save_minutes=0), "save_minutes=0 must be a positive number"),
         (dict(seed=-1), "seed=-1 must be a whole number >= 0"),
