@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from . import benchmark, show, train
@@ -52,6 +53,38 @@ class Recurrent(SIPL):
             yield (y := self.decode(x, features))
 
 
+class Sharp(SIPL):
+    """Tried: attention that chooses. Temperatures start at 10 instead of 1, dictionaries as N(0, 1)."""
+
+    def __init__(self, preset="nano", **overrides):
+        super().__init__(preset, dictionary_std=1.0, **overrides)
+        for cross in (part for f in self.fusion for part in (f.read, f.write)):
+            nn.init.constant_(cross.temperature, 10.0)
+
+
+class Placed(Sharp):
+    """Tried: that, and positions in all tokens, so that an entry can stand for a part of the image."""
+
+    def proxies(self, privileged=None):
+        dictionaries = [placed(f.dictionary) for f in self.fusion]
+        if privileged is None:
+            return dictionaries
+        return [f.read(d, placed(p)) for f, d, p in zip(self.fusion, dictionaries, privileged)]
+
+    def decode(self, x, features, proxies=None):
+        return self.decoder(x, features, lambda i, h: h + self.fusion[i].write(placed(h), proxies[i]) - placed(h))
+
+
+def placed(feature):
+    """A feature (B, C, H, W) plus its pixels' positions: waves of 1/2, 1, 2, 4 periods across the image, both ways."""
+    h, w = feature.shape[2:]
+    periods = torch.pi * 2 ** torch.arange(4, device=feature.device)[:, None]
+    down, right = (periods * (torch.arange(n, device=feature.device) + 0.5) / n for n in (h, w))  # (4, H), (4, W)
+    down, right = (torch.cat([phase.sin(), phase.cos()]) for phase in (down, right))
+    waves = torch.cat([down[:, :, None].expand(8, h, w), right[:, None].expand(8, h, w)])  # (16, H, W)
+    return feature + F.pad(waves, (0, 0, 0, 0, 0, feature.shape[1] - 16))
+
+
 def late(model, x, y):
     """Tried: `unroll` with a tenth of the gradient on y0, so that the second pass has more left to do."""
     first, second = model.estimates(x, steps=1)
@@ -66,6 +99,16 @@ def half(model, x, y):
     return [first, model.guided(x, features, model.tap(torch.where(clean, y, first)))]
 
 
+def thirds(model, x, y):
+    """Tried: P from the clean image, from its restoration (as `authors`) and from y0, for a third of the batch each."""
+    features = model.encode(x)
+    first = model.guided(x, features)
+    with torch.no_grad():
+        restored = model(y)
+    sources = torch.stack([first, y, restored])
+    return [first, model.guided(x, features, model.tap(sources[torch.arange(len(x)) % 3, torch.arange(len(x))]))]
+
+
 # arm -> (recipe, in what the plain backbone is widened to equal `unroll` at T = 1, settings other than the recipe's)
 ARMS = {
     "backbone": ("backbone", None, {}),
@@ -78,10 +121,14 @@ ARMS = {
     "unroll, released write": ("unroll", None, dict(aligned=False, identity_start=False)),
     "unroll, loss late": (late, None, {}),
     "unroll, P half clean": (half, None, {}),
+    "unroll, P of three kinds": (thirds, None, {}),
+    "unroll, sharp": ("unroll", None, dict(aligned=False)),
+    "unroll, sharp and placed": ("unroll", None, dict(aligned=False)),
     "correcting, loss late": (late, None, {}),
     "recurrent, loss late": (late, None, dict(aligned=False)),
 }
-CLASSES = {"correcting, loss late": Correcting, "recurrent, loss late": Recurrent}  # the others are SIPL
+CLASSES = {"correcting, loss late": Correcting, "recurrent, loss late": Recurrent, "unroll, sharp": Sharp,
+           "unroll, sharp and placed": Placed}  # the others are SIPL  # fmt: skip
 MAIN = list(ARMS)[:6]  # what is compared unless somebody asks for the others
 
 
@@ -124,7 +171,7 @@ def measure(model, setting, photos, steps, size):
         for name, photo in photos.items():
             x, y = benchmark.pair(benchmark.centre(photo, size), setting, column, device=device)
             found = benchmark.estimates(model, x, steps if model.settings.fusion else 0)
-            if model.settings.fusion and type(model) is SIPL:  # the others have no pass that P alone guides
+            if model.settings.fusion and not isinstance(model, (Correcting, Recurrent)):  # no P alone
                 found["oracle"] = model(x, model.privileged(y))
             rows += [dict(setting=setting, column=column, photo=name) | row for row in benchmark.scores(found, y)]
     return rows
