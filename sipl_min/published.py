@@ -95,7 +95,7 @@ def from_published(source: Name | dict[str, torch.Tensor]) -> SIPL:
 
     Args:
         source: a state dict, or the path of a .safetensors or PyTorch checkpoint. Wrappers are taken off: Lightning's
-            (`state_dict`, `net.`), BasicSR's (`params_ema`, `params`) and DataParallel's (`module.`).
+            (`state_dict`, `net.`), BasicSR's (`params_ema`, `params`), DataParallel's (`module.`) and torch.compile's.
     Depth, width, heads, prompts and dictionaries follow from the shapes. No code in a file is ever run.
     Raises InputError where the file is damaged, the family unknown, or names are missing or left over.
     """
@@ -176,16 +176,18 @@ def read(path):
             else f"{type(e).__name__}): is it damaged, or of another kind?")) from e  # fmt: skip
 
 
+PREFIXES = ("module.", "net.", "model.", "_orig_mod.")  # DataParallel, Lightning, Lightning, torch.compile
+
+
 def unwrap(weights):
     """Take off what training frameworks put around a state dict."""
-    for key in ("state_dict", "params_ema", "params"):
+    for key in ("state_dict", "model_state_dict", "model", "params_ema", "params"):
         if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
     weights = weights if isinstance(weights, dict) else {}
     weights = {str(name): t for name, t in weights.items() if isinstance(t, torch.Tensor)}
-    for prefix in ("module.", "net.", "module."):
-        if weights and all(name.startswith(prefix) for name in weights):
-            weights = {name[len(prefix) :]: t for name, t in weights.items()}
+    while weights and (prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in weights)), None)):
+        weights = {name.removeprefix(prefix): t for name, t in weights.items()}
     if not weights:
         raise InputError("there is no tensor in these weights: pass a state dict or a checkpoint of one")
     return weights

@@ -103,6 +103,7 @@ def test_wrappers_and_files(tmp_path):
         },
         "basicsr.pth": {"params_ema": plain, "params": {n: t * 0 for n, t in plain.items()}},
         "parallel.pt": {f"module.{n}": t for n, t in plain.items()},
+        "compiled.pt": {"model": {f"module._orig_mod.{n}": t for n, t in plain.items()}, "epoch": 3},
     }
     for name, content in forms.items():
         torch.save(content, tmp_path / name)
