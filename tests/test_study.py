@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sipl_min import SIPL, benchmark, study, train
+from sipl_min import SIPL, benchmark, study, train, tried
 from sipl_min.__main__ import main
 from sipl_min.files import InputError
 
@@ -47,11 +47,11 @@ def test_arms_that_were_tried_do_what_they_are_called():
         assert (b - a).abs().max() > 1e-3 and (c - b).abs().max() > 1e-5
         recurrent.embed.weight.zero_()  # blind to its estimate, it can only repeat itself
         assert torch.equal(recurrent.refine(x, 2), recurrent.refine(x, 0))
-        first, second = study.half(ours, x, y)
+        first, second = tried.half(ours, x, y)
         assert torch.allclose(second[0], ours(x, ours.privileged(y))[0], atol=1e-5)  # the clean image
         assert torch.allclose(second[1], ours(x, ours.privileged(first))[1], atol=1e-5)  # the estimate
         batch = torch.rand(2, 3, 3, 16, 16)
-        first, second = study.thirds(ours, *batch)
+        first, second = tried.thirds(ours, *batch)
         for i, source in enumerate((first, batch[1], ours(batch[1]))):
             assert torch.allclose(second[i], ours(batch[0], ours.privileged(source))[i], atol=1e-5)
         sharp, positioned = found["unroll, sharp"], found["unroll, sharp and placed"]
@@ -61,11 +61,11 @@ def test_arms_that_were_tried_do_what_they_are_called():
             w = (write.queries(write.norm_query(h)) @ write.keys(model.fusion[1].dictionary)[0].mT).softmax(-1)
             effective.append(float((-(w * w.log()).sum(-1)).exp().mean()))
         assert effective[0] > 60 and effective[1] < 40, effective
-        where = study.placed(torch.zeros(1, 32, 6, 7))[0].flatten(1).T  # no two pixels alike, however near
+        where = tried.placed(torch.zeros(1, 32, 6, 7))[0].flatten(1).T  # no two pixels alike, however near
         assert (torch.cdist(where, where) + torch.eye(42)).min() > 0.5
         untouched = positioned.decoder(x, positioned.encode(x), lambda i, h: h)  # so is a write that starts as identity
         assert torch.allclose(positioned(x), untouched, atol=1e-4)
-    first, second = study.late(ours, x, y)
+    first, second = tried.late(ours, x, y)
     first.sum().backward()
     gradient = ours.decoder.output.weight.grad.clone()
     ours.zero_grad()
