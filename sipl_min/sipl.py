@@ -107,7 +107,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = self.attention(x, self.norm1)
-        return local(lambda tile: self.ffn(tile, self.norm2), x, self.ffn.wide)
+        return local(lambda tile: self.ffn(tile, self.norm2), x, self.ffn.wide, own=True)
 
 
 class Prompt(nn.Module):

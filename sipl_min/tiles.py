@@ -39,9 +39,12 @@ def tiles(x, wide, halo=1):
                    (..., slice(top - up, top - up + rows), slice(left - back, left - back + columns)))  # fmt: skip
 
 
-def local(layer, x, wide, halo=1):
-    """layer(x), tile by tile: what the layer makes in between never exists for the whole image."""
-    y = None
+def local(layer, x, wide, halo=1, own=False):
+    """layer(x), tile by tile: what the layer makes in between never exists for the whole image.
+
+    With `own`, x is nobody else's, and the result (of as many channels) may be written over it.
+    """
+    y, waiting = x if own else None, []
     for place, tile, inner in tiles(x, wide, halo):
         part = layer(tile)
         if tile.shape == x.shape:
@@ -49,7 +52,13 @@ def local(layer, x, wide, halo=1):
         if y is None:
             size = len(part), part.shape[1], *x.shape[-2:]
             y = torch.empty(size, dtype=part.dtype, device=x.device, memory_format=torch.channels_last)
-        y[place] = part[inner]
+        waiting.append((place, part[inner]))
+        # over x, a part waits until no tile to come looks at what it replaces: until the next row but one
+        while waiting and not (own and waiting[0][0][1].stop >= place[1].start):
+            before, part = waiting.pop(0)
+            y[before] = part
+    for before, part in waiting:
+        y[before] = part
     return y
 
 

@@ -27,7 +27,18 @@ def test_tiles_cover_the_image_once(h, w, monkeypatch):
             seen[place] += 1
         assert (seen == 1).all()
         blurred = tiles.local(lambda t: torch.nn.functional.avg_pool2d(t, 3, 1, 1), x, 5)
+        over = tiles.local(lambda t: torch.nn.functional.avg_pool2d(t, 3, 1, 1), mine := x.clone(), 5, own=True)
     assert torch.allclose(blurred, torch.nn.functional.avg_pool2d(x, 3, 1, 1))
+    assert torch.equal(over, blurred) and (over.data_ptr() == mine.data_ptr() or w == 1)  # over its source
+
+
+@torch.no_grad()
+def test_a_block_leaves_its_input_alone(monkeypatch):
+    monkeypatch.setitem(tiles.TILE, "cpu", 1)
+    block, x = tiny().encoder.levels[0][0], torch.rand(1, 8, 70, 70)
+    before = x.clone()
+    y = block(x)
+    assert torch.equal(x, before) and y.data_ptr() != x.data_ptr()
 
 
 @pytest.mark.parametrize("backbone", ["promptir", "adair"])
