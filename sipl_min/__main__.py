@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -55,6 +56,8 @@ def main(arguments=None):
     c = command("train", train_model, "Train a model. Ctrl-C saves; the same command again continues.")
     c.add_argument("folder", help="where checkpoint, log and weights go")
     c.add_argument("--preset", default="nano", help=f"{', '.join(PRESETS)} (default: %(default)s)")
+    c.add_argument("--weights", default=None, help="go on from a file that model.save wrote, or a published .ckpt or "
+                   ".pth; a plain backbone gets new Proxy Fusion (default: new weights)")  # fmt: skip
     c.add_argument("--images", default=None, help="a folder of clean photos (default: the embedded images)")
     c.add_argument("--setting", default="cdd11", help=f"{', '.join(SETTINGS)} (default: %(default)s)")
     c.add_argument("--recipe", default="authors", help=f"{', '.join(train.RECIPES)} (default: %(default)s)")
@@ -78,7 +81,8 @@ def main(arguments=None):
     c.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
 
     c = command("benchmark", run_benchmark, "PSNR and SSIM on each column of a setting, the published table beside; "
-                "or, as setting, speed: time and memory against the naive path, in one run.")  # fmt: skip
+                "or, as setting, speed: time and memory against the naive path, in one run; interrupted, "
+                "the same command with --output goes on.")  # fmt: skip
     c.add_argument("setting", help=f"{', '.join(SETTINGS)}, all, or speed")
     weights(c)
     c.add_argument("--output", default=None, help="a CSV file with one line per column, photo and estimate; beside it "
@@ -149,15 +153,15 @@ def load(options):
     options.device = train.usable(getattr(options, "device", None))
     if options.steps is not None and options.steps < 0:
         raise InputError(f"--steps must be a whole number >= 0, not {options.steps}")
-    model = open_model(options.weights or included("nano"), options)
+    model = open_model(options.weights or included("nano"), options.device)
     if options.steps is None:
         options.steps = int(model.settings.fusion)
     return model
 
 
-def open_model(path, options):
+def open_model(path, device):
     published = Path(path).suffix in (".ckpt", ".pt", ".pth")
-    return from_published(path).to(options.device) if published else SIPL.load(path, options.device)
+    return from_published(path).to(device) if published else SIPL.load(path, device)
 
 
 # One row of the demo each: photo, column of the setting by its place in the published order (from the end).
@@ -256,12 +260,23 @@ def named(path, e):
     return str(e) if repr(str(path)) in str(e) or repr(path.name)[1:-1] in str(e) else f"{str(path)!r}: {e}"
 
 
-def train_model(options):
+def beginning(options):
+    """The model that training starts from, and a word for it: new, or that of --weights."""
     torch.manual_seed(abs(options.seed))  # a negative seed is refused by fit, in its own words
-    model = SIPL(options.preset, **train.DESIGN.get(options.recipe, {}))
+    if not options.weights:
+        return SIPL(options.preset, **train.DESIGN.get(options.recipe, {})), ""
+    model = open_model(options.weights, "cpu")
+    if options.recipe != "backbone" and not model.settings.fusion:  # starts as good as the backbone is
+        model = SIPL.from_backbone(model, identity_start=True)
+    return model, f"weights of crc {zlib.crc32(Path(options.weights).read_bytes())}"
+
+
+def train_model(options):
+    model, start = beginning(options)
     with train.processes(options.device) as (device, first):
         if first:
-            print(f"{options.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+            million = sum(p.numel() for p in model.parameters()) / 1e6
+            print(f"{options.weights or options.preset}: {million:.2f} M parameters")
         check_setting(options.setting)
         images = options.images
         if options.data and options.images:
@@ -282,7 +297,8 @@ def train_model(options):
         every = options.validate_every
         schedule |= dict(validate=validate, validate_every=every) if every else {}
         names = ("setting", "recipe", "seed", "save_every", "save_minutes", "accumulate", "ema", "mild", "folder")
-        train.fit(model, images, device=device, **schedule, **{name: getattr(options, name) for name in names})
+        given = {name: getattr(options, name) for name in names}
+        train.fit(model, images, device=device, start=start, **schedule, **given)
         if first:
             print(f"weights: {Path(options.folder) / 'model.safetensors'}")
 
@@ -302,19 +318,20 @@ def show_data(options):
 def run_speed(options):
     show.without_screen()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = []
+    path, rows = Path(options.output or ""), []
+    keep = path.with_suffix(".unfinished.json") if options.output else None
     print(speed.HEAD)
-    for row in speed.measure(options.presets, options.sizes, options.T, options.repeats, device):
+    for row in speed.measure(options.presets, options.sizes, options.T, options.repeats, device, keep=keep):
         tqdm.write(speed.line(row))
         rows.append(row)
     print(f"medians of {options.repeats} alternating runs on {device}; memory: peak above the weights, each in its own "
-          f"process;\na large matrix product reaches {speed.matrix_rate(device):.0f} GFLOP/s here; differ: "
-          "max |ours - naive| / max |naive|")  # fmt: skip
-    if options.output:
-        path = Path(options.output)
-        benchmark.write_csv(rows, path.with_suffix(".csv"))
+          f"process;\na large matrix product reaches {speed.matrix_rate(device):.0f} GFLOP/s here; data: what "
+          "making the batch takes, as part of our training step; differ: max |ours - naive| / max |naive|")  # fmt: skip
+    if keep:
+        benchmark.write_csv(rows, path)
         speed.draw(rows, path.with_suffix(".png"))
-        print(f"table: {path.with_suffix('.csv')}, figure: {path.with_suffix('.png')}")
+        keep.unlink()
+        print(f"table: {path}, figure: {path.with_suffix('.png')}")
 
 
 def run_benchmark(options):
@@ -326,7 +343,7 @@ def run_benchmark(options):
     model, rows = load(options), []
     if options.data and options.output and len(settings) > 1:
         raise InputError("with --data, --output takes one setting at a time, so that an interrupted run can go on")
-    against = open_model(options.against, options) if options.against else None
+    against = open_model(options.against, options.device) if options.against else None
     text, parts = [], {}
     for setting in settings:
         if options.data:

@@ -9,6 +9,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from . import sipl, train
+from .data import Images, batch
 from .files import InputError, whole
 from .settings import choose
 from .tiles import pad
@@ -173,7 +175,16 @@ def time(preset, size, steps, repeats, device):
     fast, slow = (median(column) for column in zip(*runs))
     return dict(seconds=fast, naive_seconds=slow, faster=median(ratios), least=ratios[0], most=ratios[-1],
                 difference=float((a - b).abs().max() / b.abs().max()),
-                gflops=None if steps == "train" else counted.total / fast / 1e9)  # fmt: skip
+                gflops=None if steps == "train" else counted.total / fast / 1e9,
+                data=data_seconds(size, device) / fast if steps == "train" else None)  # fmt: skip
+
+
+def data_seconds(size, device, repeats=20):
+    """Median seconds to cut and degrade a batch of four crops from the embedded photos."""
+    images, times = Images(), []
+    for step in range(2 * repeats):  # the first half also reads the photos
+        times.append(seconds(lambda: batch(images, step, size=size, count=4, device=device), device)[0])
+    return median(times[repeats:])
 
 
 def peak(preset, size, steps, kind, device):
@@ -209,35 +220,51 @@ def matrix_rate(device, n=2048, repeats=10):
     return 2 * n**3 / min(seconds(lambda: a @ a, device)[0] for _ in range(repeats)) / 1e9
 
 
-def measure(presets, sizes, steps, repeats=3, device=None, progress=True):
-    """Yields one dict for each preset, T (or "train") and size: seconds, bytes and ratios."""
+def measure(presets, sizes, steps, repeats=3, device=None, progress=True, keep=None):
+    """Yields one dict for each preset, T (or "train") and size: seconds, bytes and ratios.
+
+    Args:
+        keep: a JSON file for the rows so far; those of an interrupted run are not measured again.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for preset in presets:
         choose(preset)
     for name, values, least in (("size", sizes, 8), ("repeats", [repeats], 1)):
         if any(value < least for value in values):
             raise InputError(f"{name}={min(values)} is too small: it must be at least {least}")
+    rows = []
+    with contextlib.suppress(OSError, ValueError):
+        rows = json.loads(Path(keep or "").read_text())
+    about = dict(device=device, threads=torch.get_num_threads(), repeats=repeats)
     for preset, t, size in tqdm([(p, t, s) for p in presets for t in steps for s in sizes], disable=not progress):
-        row = dict(preset=preset, T=t, size=size) | time(preset, size, t, repeats, device)
-        for kind in ("ours", "naive"):
-            row["bytes" if kind == "ours" else "naive_bytes"] = peak(preset, size, t, kind, device)
-        yield row
+        row = about | dict(preset=preset, T=t, size=size)
+        done = next((r for r in rows if row.items() <= r.items()), None)
+        if done is None:
+            done = row | time(preset, size, t, repeats, device)
+            for name, kind in (("bytes", "ours"), ("naive_bytes", "naive")):
+                done[name] = peak(preset, size, t, kind, device)
+            rows.append(done)
+            if keep:
+                with whole(keep) as temporary:
+                    temporary.write_text(json.dumps(rows))
+        yield done
 
 
 HEAD = (f"{'preset':8s}{'T':>6s}{'size':>6s} | {'naive':>9s}{'ours':>9s}{'faster':>8s}  {'(range)':14s}| "
-        f"{'naive':>9s}{'ours':>9s}{'less':>7s} | {'GFLOP/s':>8s}{'differ':>9s}")  # fmt: skip
+        f"{'naive':>9s}{'ours':>9s}{'less':>7s} | {'GFLOP/s':>8s}{'data':>7s}{'differ':>9s}")  # fmt: skip
 
 
 def line(r):
     """A row of `measure` as text, to stand below `HEAD`."""
     many, few = r["naive_bytes"], r["bytes"]
-    mega = ["-" if b is None else f"{b / 2**20:.0f} MB" for b in (many, few)]
+    mega = ["-" if b is None else f"{b / 1e6:.0f} MB" for b in (many, few)]
     less = f"{many / few:.1f}x" if many and few else "-"
     spread = f"({r['least']:.2f}-{r['most']:.2f})"
     rate = f"{r['gflops']:.0f}" if r["gflops"] else "-"
+    share = f"{r['data']:.1%}" if r["data"] else "-"
     return (f"{r['preset']:8s}{r['T']!s:>6s}{r['size']:6d} | {r['naive_seconds']:7.2f} s{r['seconds']:7.2f} s"
             f"{r['faster']:7.2f}x  {spread:14s}| {mega[0]:>9s}{mega[1]:>9s}{less:>7s} | "
-            f"{rate:>8s}{r['difference']:9.1e}")  # fmt: skip
+            f"{rate:>8s}{share:>7s}{r['difference']:9.1e}")  # fmt: skip
 
 
 def exponent(rows, value):

@@ -99,7 +99,7 @@ def fit(model: SIPL, images: Any = None, *, setting: str = "cdd11", recipe: str 
         steps: int = 400, count: int = 8, size: int = 48, peak: float = 1e-3, warmup: int = 20, decay: float = 1e-4,
         clip: float = 1.0, seed: int = 0, folder: Name | None = None, save_every: int = 100, save_minutes: float = 10,
         validate: Callable | None = None, validate_every: int = 100, accumulate: int = 1, ema: float = 0.0,
-        mild: float = 0.0, device: Any = None, autocast: bool | None = None,
+        mild: float = 0.0, start: str = "", device: Any = None, autocast: bool | None = None,
         progress: bool = True) -> list[dict[str, float]]:  # fmt: skip
     """Train a model in place and return the log, a list of one dict per step.
 
@@ -119,6 +119,7 @@ def fit(model: SIPL, images: Any = None, *, setting: str = "cdd11", recipe: str 
         accumulate: in how many parts a batch is worked on, for lack of memory. ema: decay of an exponential moving
             average of the weights, e.g. 0.999, which is then what is validated and, in the end, what the model holds.
         mild: share of the crops that are degraded only in part, see `data.batch`.
+        start: a word for the weights that the model comes with; a checkpoint that began from others is not resumed.
         validate: function (model) -> dict of numbers, called every `validate_every` steps and logged.
         device: default CUDA if there, else CPU. autocast: bfloat16, default on CUDA only.
     Raises InputError for arguments that do not fit, or a checkpoint that belongs to another run; and
@@ -169,15 +170,15 @@ def fit(model: SIPL, images: Any = None, *, setting: str = "cdd11", recipe: str 
     run = dict(settings=asdict(model.settings), setting=setting, recipe=label,
                steps=steps, count=count, size=size, peak=peak, warmup=warmup, decay=decay, clip=clip, seed=seed,
                accumulate=accumulate, ema=ema, processes=world, images=images.names(),
-               **(dict(mild=mild) if mild else {}))  # fmt: skip
+               **{name: value for name, value in (("mild", mild), ("start", start)) if value})  # fmt: skip
     run = json.loads(json.dumps(run, default=str))  # plain text and numbers, as they will be read back
-    start, log, writer = 0, [], None
+    first, log, writer = 0, [], None
     if folder is not None:
         folder = Path(folder)
-        start, log = resume(folder, run, model, optimizer, average)
-        writer = tensorboard(folder, start) if rank == 0 else None
+        first, log = resume(folder, run, model, optimizer, average)
+        writer = tensorboard(folder, first) if rank == 0 else None
     saved = monotonic()
-    bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress or rank > 0, unit="step")
+    bar = tqdm(range(first, steps), initial=first, total=steps, disable=not progress or rank > 0, unit="step")
     with Stop() as stop:
         for step in bar:
             x, y, _ = batch(images, step, setting=setting, size=size, count=count, seed=seed, device=device, mild=mild)
@@ -338,7 +339,11 @@ def resume(folder, run, model, optimizer, average=None):
     differing = sorted(name for name in {*old, *run} if old.get(name) != run.get(name))
     if differing:
         name = differing[0]
-        change = f"{name}={old.get(name)!r}, now {run.get(name)!r}"
+        was, now = old.get(name), run.get(name)
+        while isinstance(was, dict) and isinstance(now, dict):  # the first setting that differs
+            key = next(key for key in sorted({*was, *now}) if was.get(key) != now.get(key))
+            name, was, now = f"{name}.{key}", was.get(key), now.get(key)
+        change = f"{name}={was!r}, now {now!r}"
         if name == "images" and isinstance(old.get(name), list):
             change = f"its {len(old[name])} images are not the {len(run[name])} given now"
         raise InputError(

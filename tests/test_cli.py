@@ -6,9 +6,10 @@ import sys
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from conftest import tiny
 
-from sipl_min import SIPL
+from sipl_min import SIPL, speed
 from sipl_min.__main__ import main
 from sipl_min.files import read, write
 
@@ -116,7 +117,29 @@ def test_speed_prints_a_table_and_writes_two_files(tmp_path, capsys):
     assert main(["benchmark", "speed", *small, "--output", str(tmp_path / "s.csv")]) == 0
     out = capsys.readouterr().out
     assert "GFLOP/s here" in out and sum(line.startswith("nano") for line in out.splitlines()) == 1
+    assert "%" in next(line for line in out.splitlines() if line.startswith("nano")), "what data cost"
     assert files(tmp_path) == ["s.csv", "s.png"]
+
+
+def test_an_interrupted_benchmark_of_speed_measures_only_what_is_missing(tmp_path, monkeypatch, capsys):
+    command = ["benchmark", "speed", "--presets", "nano", "--sizes", "16", "24", "--T", "0", "--repeats", "1"]
+    command += ["--output", str(tmp_path / "s.csv")]
+    sizes, time = [], speed.time
+
+    def stopped(preset, size, *rest):
+        sizes.append(size)
+        if sizes == [16, 24]:
+            raise KeyboardInterrupt
+        return time(preset, size, *rest)
+
+    monkeypatch.setattr(speed, "time", stopped)
+    assert main(command) == 130
+    assert files(tmp_path) == ["s.unfinished.json"]
+    assert main(command) == 0
+    assert sizes == [16, 24, 24]
+    assert files(tmp_path) == ["s.csv", "s.png"]
+    assert main(command) == 0
+    assert sizes == [16, 24, 24, 16, 24], "a finished table is measured anew"
 
 
 def test_a_plain_backbone_needs_no_word_about_steps(tmp_path, photo, capsys):
@@ -126,6 +149,38 @@ def test_a_plain_backbone_needs_no_word_about_steps(tmp_path, photo, capsys):
     assert main(["restore", str(tmp_path / "a.png"), str(tmp_path / "b.png"), *plain]) == 0
     assert main(["restore", str(tmp_path / "a.png"), str(tmp_path / "c.png"), "--steps", "1", *plain]) == 2
     assert "pass steps 0" in capsys.readouterr().err
+
+
+def test_training_goes_on_from_weights(tmp_path, photo, weights, capsys):
+    write(tmp_path / "photos" / "a.png", photo)
+    run = ["train", str(tmp_path / "run"), "--images", str(tmp_path / "photos"), "--size", "16", "--count", "1"]
+    short = ["--steps", "1", "--peak", "1e-9", *weights]
+    assert main([*run, *short]) == 0
+    x = torch.rand(1, 3, 24, 24)
+    before, after = SIPL.load(weights[1]), SIPL.load(tmp_path / "run" / "model.safetensors")
+    assert after.settings == before.settings  # not those of the preset
+    assert torch.allclose(after.refine(x), before.refine(x), atol=1e-4)
+    assert main([*run, *short[:-1], str(tmp_path / "run" / "model.safetensors")]) == 2, "it began from others"
+    assert "start='weights of crc" in capsys.readouterr().err
+    assert main([*run, *short[:-2]]) == 2
+    assert "(settings.dictionary_size=[6, 4, 2], now [16, 8, 4])" in capsys.readouterr().err
+    assert main([*run, *short, "--recipe", "backbone"]) == 2
+    assert "fusion=False" in capsys.readouterr().err
+    assert main([*run, *short[:-1], str(tmp_path / "none.safetensors")]) == 2
+    assert "none.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", ["backbone", "unroll"])
+def test_a_plain_backbone_gets_new_proxy_fusion_where_the_recipe_needs_it(tmp_path, photo, recipe):
+    plain = tiny(fusion=False)
+    plain.save(tmp_path / "plain.safetensors")
+    write(tmp_path / "photos" / "a.png", photo)
+    run = ["train", str(tmp_path / "run"), "--images", str(tmp_path / "photos"), "--size", "16", "--count", "1"]
+    run += ["--weights", str(tmp_path / "plain.safetensors"), "--recipe", recipe, "--steps", "1", "--peak", "1e-9"]
+    assert main(run) == 0
+    model, x = SIPL.load(tmp_path / "run" / "model.safetensors"), torch.rand(1, 3, 24, 24)
+    assert model.settings.fusion == (recipe == "unroll")
+    assert torch.allclose(model(x), plain(x), atol=1e-4), "as good as the backbone"
 
 
 def test_train_then_use_the_weights(tmp_path, photo, capsys):
