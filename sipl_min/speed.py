@@ -292,7 +292,7 @@ def draw(rows, path):
                 who = f"{preset}, {'naive' if 'naive' in name else 'ours'}" + (f": pixels^{k:.2f}" if k else "")
                 ax.loglog(*zip(*points), f"o{style}", color=f"C{colour}", label=who)
         ax.set(xlabel="pixels", ylabel=label, title=f"T = {top}")
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, handlelength=4)
     with whole(path) as temporary:
         figure.savefig(temporary, dpi=90)
     plt.close(figure)
