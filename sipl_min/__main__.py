@@ -267,7 +267,7 @@ def beginning(options):
         return SIPL(options.preset, **train.DESIGN.get(options.recipe, {})), ""
     model = open_model(options.weights, "cpu")
     if options.recipe != "backbone" and not model.settings.fusion:  # starts as good as the backbone is
-        model = SIPL.from_backbone(model, identity_start=True)
+        model = SIPL.from_backbone(model, **(dict(identity_start=True) | train.DESIGN.get(options.recipe, {})))
     return model, f"weights of crc {zlib.crc32(Path(options.weights).read_bytes())}"
 
 

@@ -132,12 +132,12 @@ def from_backbone(source: Name | dict[str, torch.Tensor] | SIPL, identity_start:
     Args:
         source: what `from_published` takes, or a `SIPL`, of which encoder and decoder are copied.
         identity_start: True makes the untrained first pass equal the backbone's output, to rounding.
-        overrides: the other settings of Proxy Fusion: dictionary_size, dictionary_std, read_heads, write_heads.
+        overrides: other settings of Proxy Fusion: dictionary_size, dictionary_std, read_heads, write_heads, aligned.
     """
     plain = source if isinstance(source, SIPL) else from_published(source)
     if not isinstance(plain.settings, Settings):
         raise InputError("this model is wrapped around a network already: load its file with SIPL.load(..., net=...)")
-    for name in set(overrides) - {"dictionary_size", "dictionary_std", "read_heads", "write_heads"}:
+    for name in set(overrides) - {"dictionary_size", "dictionary_std", "read_heads", "write_heads", "aligned"}:
         raise InputError(f"setting {name!r} is not one of Proxy Fusion, and the backbone is given: leave it out")
     settings = asdict(plain.settings) | dict(fusion=True, identity_start=identity_start) | overrides
     model = SIPL("paper", **settings).to(next(plain.parameters()))

@@ -233,8 +233,8 @@ def measure(presets, sizes, steps, repeats=3, device=None, progress=True, keep=N
         if any(value < least for value in values):
             raise InputError(f"{name}={min(values)} is too small: it must be at least {least}")
     rows = []
-    with contextlib.suppress(OSError, ValueError):
-        rows = json.loads(Path(keep or "").read_text())
+    with contextlib.suppress(OSError, ValueError, TypeError):  # none there, or not one of ours
+        rows = [dict(row) for row in json.loads(Path(keep or "").read_text())]
     about = dict(device=device, threads=torch.get_num_threads(), repeats=repeats)
     for preset, t, size in tqdm([(p, t, s) for p in presets for t in steps for s in sizes], disable=not progress):
         row = about | dict(preset=preset, T=t, size=size)

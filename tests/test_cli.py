@@ -140,6 +140,9 @@ def test_an_interrupted_benchmark_of_speed_measures_only_what_is_missing(tmp_pat
     assert files(tmp_path) == ["s.csv", "s.png"]
     assert main(command) == 0
     assert sizes == [16, 24, 24, 16, 24], "a finished table is measured anew"
+    for strange in ("[1]", "{}", '[{"preset": "nano"', '[{"preset": "nano", "T": 0, "size": 16}]'):
+        (tmp_path / "s.unfinished.json").write_text(strange)
+        assert main(command) == 0, strange
 
 
 def test_a_plain_backbone_needs_no_word_about_steps(tmp_path, photo, capsys):
@@ -179,7 +182,7 @@ def test_a_plain_backbone_gets_new_proxy_fusion_where_the_recipe_needs_it(tmp_pa
     run += ["--weights", str(tmp_path / "plain.safetensors"), "--recipe", recipe, "--steps", "1", "--peak", "1e-9"]
     assert main(run) == 0
     model, x = SIPL.load(tmp_path / "run" / "model.safetensors"), torch.rand(1, 3, 24, 24)
-    assert model.settings.fusion == (recipe == "unroll")
+    assert model.settings.fusion == model.settings.aligned == (recipe == "unroll")  # what the recipe is made for
     assert torch.allclose(model(x), plain(x), atol=1e-4), "as good as the backbone"
 
 
