@@ -1,128 +1,43 @@
-"""The command line: python -m sipl_min demo | train | restore | benchmark | study | data."""
+"""The command line: python -m sipl_min demo | restore | train | benchmark | study | data.
+
+Each command imports what it needs, so that `restore` starts without Matplotlib and scikit-image.
+"""
 
 import argparse
+import functools
 import os
+import shlex
 import sys
-import zlib
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
+from . import BACKBONES, PRESETS, SIPL, InputError, __version__
+from .files import atomic_write
 
-from . import benchmark, data, datasets, real, show, speed, study, train
-from .degrade import COLUMNS, SETTINGS, check_setting
-from .files import InputError, check_photo, check_writable, find_photos, read, whole, write
-from .published import from_published
-from .restore import choose_window
-from .settings import PRESETS
-from .sipl import SIPL
-from .weights import included
+SUITES = "three_task, five_task, cdd11, deweather, mixed, everyday"
+
+TRAINING = (  # options of train.fit: name, older names, type, help
+    ("steps", (), int, "training steps"),
+    ("batch-size", ("--count",), int, "crops in a batch, of all processes together"),
+    ("crop-size", ("--size",), int, "pixels a side of a crop"),
+    ("lr", ("--peak",), float, "highest learning rate"),
+    ("warmup", (), int, "steps until it is reached"),
+    ("weight-decay", (), float, "of AdamW"),
+    ("grad-clip", (), float, "largest gradient norm"),
+    ("seed", (), int, "of everything random"),
+    ("save-every", (), int, "steps between checkpoints"),
+    ("save-minutes", (), float, "minutes between checkpoints"),
+    ("accumulate", (), int, "work on a batch in so many parts, for lack of memory"),
+    ("ema", (), float, "decay of a moving average of the weights, e.g. 0.999, which then is the result"),
+    ("mild", (), float, "share of the crops that are degraded only in part"),
+    ("validate-every", (), int, "log PSNR of the embedded held-out photos every so many steps"),
+)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m sipl_min", description=(
-        "Self-Improved Privilege Learning for image restoration. Start with: python -m sipl_min demo"))  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name, function, text):
-        c = commands.add_parser(name, help=text, description=text)
-        c.set_defaults(function=function)
-        return c
-
-    c = command(
-        "demo", demo, "Degrade three photos the model never saw, restore and refine them: a figure and a table."
-    )
-    weights(c)
-    c.add_argument("--output", default="demo.png", help="where the figure goes (default: %(default)s)")
-    c.add_argument("--setting", default="cdd11", help=f"{', '.join(SETTINGS)} (default: %(default)s)")
-    c.add_argument("--seed", type=int, default=0, help="of the degradations (default: %(default)s)")
-
-    c = command("restore", restore, "Restore a photo, or all photos of a folder; size, depth and alpha are kept.")
-    c.add_argument("input", help="a photo, or a folder of photos")
-    c.add_argument("output", help="a file name, or a folder that will be made")
-    weights(c)
-    c.add_argument(
-        "--feedback",
-        default="privilege",
-        choices=["privilege", "chain"],
-        help="what is fed back: the privilege (the paper's equations) or the image (the released code)",
-    )
-    c.add_argument("--tile", type=int, default=None, help="restore in windows of so many pixels a side, 0: never "
-                   "(default: as large as memory allows)")  # fmt: skip
-    c.add_argument("--overlap", type=int, default=64, help="pixels that windows share (default: %(default)s)")
-    c.add_argument("--force", action="store_true", help="overwrite files that exist")
-    c.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
-
-    c = command("train", train_model, "Train a model. Ctrl-C saves; the same command again continues.")
-    c.add_argument("folder", help="where checkpoint, log and weights go")
-    c.add_argument("--preset", default="nano", help=f"{', '.join(PRESETS)} (default: %(default)s)")
-    c.add_argument("--weights", default=None, help="go on from a file that model.save wrote, or a published .ckpt or "
-                   ".pth; a plain backbone gets new Proxy Fusion (default: new weights)")  # fmt: skip
-    c.add_argument("--images", default=None, help="a folder of clean photos (default: the embedded images)")
-    c.add_argument("--setting", default="cdd11", help=f"{', '.join(SETTINGS)} (default: %(default)s)")
-    c.add_argument("--recipe", default="authors", help=f"{', '.join(train.RECIPES)} (default: %(default)s)")
-    c.add_argument("--data", default=None, help="a folder with the real data sets: their training pairs (instead of "
-                   "--images)")  # fmt: skip
-    for name, text in (("steps", "training steps"), ("count", "crops in a batch, of all processes together"),
-                       ("size", "pixels a side of a crop"), ("peak", "highest learning rate"),
-                       ("warmup", "steps until it is reached")):  # fmt: skip
-        kind = float if name == "peak" else int
-        small, large = train.SCHEDULES["nano"][name], train.SCHEDULES["paper"][name]
-        c.add_argument(f"--{name}", type=kind, help=f"{text} (default: {small}; preset paper: {large})")
-    for name, value, text in (("seed", 0, "of everything random"), ("save-every", 100, "steps between checkpoints"),
-                              ("validate-every", 0, "log PSNR of the embedded held-out photos every so many steps"),
-                              ("accumulate", 1, "work on a batch in so many parts, for lack of memory")):  # fmt: skip
-        c.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: %(default)s)")
-    c.add_argument("--save-minutes", type=float, default=10, help="and minutes (default: %(default)s)")
-    c.add_argument("--ema", type=float, default=0.0, help="decay of a moving average of the weights, e.g. 0.999, which "
-                   "then is the result (default: none)")  # fmt: skip
-    c.add_argument("--mild", type=float, default=0.0, help="share of the crops that are degraded only in part, so that "
-                   "good photos are not spoilt (default: none)")  # fmt: skip
-    c.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
-
-    c = command("benchmark", run_benchmark, "PSNR and SSIM on each column of a setting, the published table beside; "
-                "or, as setting, speed: time and memory against the naive path, in one run; interrupted, "
-                "the same command with --output goes on.")  # fmt: skip
-    c.add_argument("setting", help=f"{', '.join(SETTINGS)}, all, or speed")
-    weights(c)
-    c.add_argument("--output", default=None, help="a CSV file with one line per column, photo and estimate; beside it "
-                   "the tables as .md and a figure as .png")  # fmt: skip
-    c.add_argument("--seed", type=int, default=0, help="of the degradations (default: %(default)s)")
-    speed_options = c.add_argument_group("for speed only")
-    speed_options.add_argument("--presets", nargs="+", default=["nano", "small"], help="(default: nano small)")
-    speed_options.add_argument("--sizes", nargs="+", type=int, default=[128, 256, 512], help="pixels a side")
-    speed_options.add_argument(
-        "--T", nargs="+", type=refinements, default=[0, 1, 2], help="steps, or train: a training step"
-    )
-    speed_options.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: %(default)s)")
-    c.add_argument("--draws", type=int, default=1, help="how often each photo is degraded anew (default: %(default)s)")
-
-    c.add_argument("--against", default=None, help="a second model, e.g. the plain backbone of equal training, to see "
-                   "what refinement gains over it")  # fmt: skip
-    c.add_argument("--data", default=None, help="a folder with the real data sets: measure on those, as published")
-    c.add_argument("--save", default=None, help="with --data, a folder for the restored images")
-
-    c = command("study", run_study, "Does refinement pay? Trains every recipe with several seeds, equally long, and "
-                "writes tables and a figure. Ctrl-C stops; the same command continues.")  # fmt: skip
-    c.add_argument("folder", help="where trainings, study.csv, study.md and study.png go")
-    c.add_argument("--images", default=None, help="a folder of clean photos (default: the embedded images)")
-    c.add_argument("--test", default=None, help="a folder of test photos (default: the embedded held-out ones)")
-    c.add_argument("--settings", nargs="+", default=["cdd11", "five_task"], help="(default: cdd11 five_task)")
-    c.add_argument("--arms", nargs="+", default=study.MAIN, help=f"of "
-                   f"{', '.join(map(repr, study.ARMS))} (default: the first six)")  # fmt: skip
-    c.add_argument("--preset", default="nano", help=f"{', '.join(PRESETS)} (default: %(default)s)")
-    for name, value, text in (("seeds", 3, "trainings of each"), ("steps", 400, "training steps"),
-                              ("T", 4, "refinement steps measured"), ("photos", 12, "test photos used, at most"),
-                              ("size", 128, "pixels a side of a test photo, at most")):  # fmt: skip
-        c.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: %(default)s)")
-    c.add_argument("--device", default=None, help="cpu, cuda, ... (default: cuda if there)")
-
-    c = command(
-        "data", show_data, "Which public data sets are there, whole and readable, and where the others come from."
-    )
-    c.add_argument("folder", nargs="?", default="data", help="where to look (default: %(default)s)")
-
-    options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a file name that the terminal cannot show is no reason to fail
+    options = parse(arguments)
     try:
         code = options.function(options) or 0
         sys.stdout.flush()
@@ -130,7 +45,7 @@ def main(arguments=None):
     except BrokenPipeError:  # `... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
         return 141
-    except (InputError, FloatingPointError, OSError) as e:  # OSError: of paths that the system does not take
+    except (InputError, FloatingPointError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
@@ -138,239 +53,219 @@ def main(arguments=None):
         return 130
 
 
-def refinements(text):
-    return text if text == "train" else int(text)
+def parse(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m sipl_min",
+        description="Self-Improved Privilege Learning for image restoration. Start with: python -m sipl_min demo",
+    )
+    parser.add_argument("--version", action="version", version=f"sipl_min {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, text):
+        c = commands.add_parser(function.__name__, help=text, description=text)
+        c.set_defaults(function=function)
+        return c
+
+    def model(c):
+        c.add_argument(
+            "--weights", "--checkpoint", default="nano", help="nano, nano-authors, or a file (default: nano)"
+        )
+        c.add_argument("--steps", type=natural, help="refinement steps T (default: what suits the weights)")
+        c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
+        c.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="to compute in")
+
+    c = command(demo, "Degrade three photos that the model never saw, and restore them: a figure and a table.")
+    model(c)
+    c.add_argument("--output", default="demo.png", help="where the figure goes (default: %(default)s)")
+    c.add_argument("--suite", "--setting", default="cdd11", help=f"{SUITES} (default: %(default)s)")
+    c.add_argument("--seed", type=natural, default=0, help="of the degradations (default: %(default)s)")
+
+    c = command(restore, "Restore a photo, or all photos of a folder; size, depth, alpha and metadata are kept.")
+    c.add_argument("input", help="a photo, or a folder of photos")
+    c.add_argument("output", help="a file name, or a folder that will be made")
+    model(c)
+    c.add_argument("--feedback", default="privilege", choices=["privilege", "chain"], help="(default: %(default)s)")
+    c.add_argument("--tile", type=natural, help="pixels a side of windows, 0: never (default: what fits the memory)")
+    c.add_argument("--overlap", type=natural, default=64, help="pixels that windows share (default: %(default)s)")
+    c.add_argument("--max-pixels", type=float, default=200e6, help="refuse larger photos (default: %(default).0f)")
+    c.add_argument("--force", action="store_true", help="restore anew what is there already")
+
+    c = command(train, "Train a model. Ctrl-C saves; the same command again continues.")
+    c.add_argument("folder", help="where checkpoint, log and weights go")
+    c.add_argument("--preset", default="nano", choices=PRESETS, help="(default: %(default)s)")
+    c.add_argument("--backbone", default="promptir", choices=BACKBONES, help="(default: %(default)s)")
+    c.add_argument(
+        "--weights", help="go on from: nano, a file of yours, a published file; a backbone gets Proxy Fusion"
+    )
+    c.add_argument("--images", help="a folder of clean photos (default: the embedded images)")
+    c.add_argument("--pairs", nargs=2, metavar=("INPUTS", "TARGETS"), help="two folders of degraded and clean photos")
+    c.add_argument("--skip-bad", action="store_true", help="leave out pairs that cannot be used")
+    c.add_argument("--data", help="a folder with the public data sets: train on their pairs")
+    recipes = ["authors", "privilege", "unroll", "backbone"]
+    c.add_argument("--recipe", choices=recipes, help="(default: authors, or that of the weights)")
+    c.add_argument("--suite", "--setting", help=f"{SUITES} (default: cdd11, or that of the weights)")
+    for name, old, kind, text in TRAINING:
+        c.add_argument(f"--{name}", *old, type=kind, help=text)
+    c.add_argument("--autocast", action="store_true", default=None, help="compute in bfloat16 (default: on CUDA only)")
+    c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
+
+    c = command(benchmark, "PSNR and SSIM on each column of a suite, the published table beside.")
+    c.add_argument("suite", help=f"{SUITES}, or keep: photos that should be left alone")
+    model(c)
+    c.add_argument("--data", help="a folder with the public data sets: measure on those, as published")
+    c.add_argument("--against", help="weights of a second model, e.g. the backbone of equal training")
+    c.add_argument("--output", help="a CSV file, a line for each estimate; an interrupted run continues; tables as .md")
+    c.add_argument("--draws", type=int, default=1, help="how often each photo is degraded (default: %(default)s)")
+    c.add_argument("--seed", type=natural, default=0, help="of the degradations (default: %(default)s)")
+
+    c = command(data, "Which public data sets are there, whole and readable, and where the others come from.")
+    c.add_argument("folder", nargs="?", default="data", help="where to look (default: %(default)s)")
+
+    c = commands.add_parser("study", help="What the loop is worth: see python -m sipl_min.study --help", add_help=False)
+    c.set_defaults(function=study)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.function is not study:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest, options.arguments = rest, sys.argv[1:] if arguments is None else arguments
+    return options
 
 
-def weights(c):
-    c.add_argument("--weights", "--checkpoint", help="a file that model.save wrote, or a published .ckpt, "
-                   ".pt or .pth (default: the nano model included)")  # fmt: skip
-    c.add_argument("--steps", type=int, default=None, help="refinement steps T (default: 1; a plain backbone: 0)")
+def natural(text):
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
+    return int(text)
 
 
 def load(options):
-    """The model of --weights, and --steps T checked."""
-    options.device = train.usable(getattr(options, "device", None))
-    if options.steps is not None and options.steps < 0:
-        raise InputError(f"--steps must be a whole number >= 0, not {options.steps}")
-    model = open_model(options.weights or included("nano"), options.device)
-    if options.steps is None:
-        options.steps = int(model.settings.fusion)
-    return model
+    """The model of --weights on --device in --dtype, fast, and --steps."""
+    import torch
 
+    from .fast import accelerate
+    from .train import pick_device
+    from .weights import default_steps
+    from .weights import load as load_weights
 
-def open_model(path, device):
-    published = Path(path).suffix in (".ckpt", ".pt", ".pth")
-    return from_published(path).to(device) if published else SIPL.load(path, device)
-
-
-# One row of the demo each: photo, column of the setting by its place in the published order (from the end).
-DEMO = [("chelsea", -1), ("hopper", 0), ("camera", 2)]
+    model = load_weights(options.weights, pick_device(options.device)).to(getattr(torch, options.dtype))
+    options.steps = default_steps(model) if options.steps is None else options.steps
+    if options.steps and not model.fusion:
+        raise InputError(f"--steps {options.steps}: {options.weights} has no Proxy Fusion, pass --steps 0")
+    return accelerate(model)
 
 
 def demo(options):
-    check_setting(options.setting)
-    if options.seed < 0:
-        raise InputError(f"seed={options.seed} must be a whole number >= 0")
-    show.without_screen()
-    model, photos, columns = load(options), data.held_out(), list(COLUMNS[options.setting])
-    rows = []
+    import matplotlib
+
+    from . import evaluate, show
+    from .data import held_out
+    from .degrade import COLUMNS, check_suite
+
+    check_suite(options.suite)
+    matplotlib.use("Agg")  # draw where there is no display
+    model, photos, columns, rows = load(options), held_out(), list(COLUMNS[options.suite]), []
     print(f"{'photo, degradation':30s}{'input':>9s}" + "".join(f"{f'y{t}':>9s}" for t in range(options.steps + 1)))
-    for name, number in DEMO:
-        column = columns[number]
-        photo = benchmark.centre(photos[name], 256)
-        x, y = benchmark.pair(photo, options.setting, column, options.seed, next(model.parameters()).device)
-        estimates = model.refine(x, options.steps, return_all=True)
-        numbers = [benchmark.psnr(e, y) for e in (x, *estimates)]
+    for name, column in zip(photos, (columns[-1], columns[0], columns[2])):
+        x, y = evaluate.pair(evaluate.center(photos[name], 256), options.suite, column, options.seed)
+        estimates = model.refine(x.to(next(model.parameters())), options.steps, return_all=True)
+        numbers = [evaluate.psnr(e, y) for e in (x, *estimates)]
         print(f"{f'{name}, {column}':30s}" + "".join(f"{n:6.2f} dB" for n in numbers))
-        rows.append(show.estimates_row(x, estimates, y, f"{name}: {column}"))
+        rows.append(show.estimates_row(x, [e.float().cpu() for e in estimates], y, f"{name}: {column}"))
     show.save(show.panels(rows), options.output)
     print(f"figure: {options.output}")
 
 
 def restore(options):
-    source, target = Path(options.input), Path(options.output)
-    if source.is_dir():
-        if target.is_file():
-            raise InputError(f"{str(target)!r} is a file: name a folder for the restored photos")
-        found, out = find_photos(source), target.resolve()
-        if source.resolve() in out.parents:  # what was restored earlier is not restored again
-            found = [p for p in found if out not in p.resolve().parents]
-        jobs = [(path, target / path.relative_to(source)) for path in found]
-        if not jobs:
-            raise InputError(f"no photos in {str(source)!r} outside {str(target)!r}: put some there")
-    else:
-        jobs = [(source, target / source.name if target.is_dir() else target)]
-    model, failed = load(options), []
-    choose_window(model, 1, 8, 8, options.tile, options.overlap)  # bad values are named before any work
-    for group in tqdm(one_size(opened(jobs, options.force, failed)), unit="group", disable=len(jobs) == 1):
-        paths, places, photos = zip(*group)
-        try:
-            restored = model.restore(list(photos), options.steps, options.feedback, options.tile, options.overlap,
-                                     progress=len(group) == 1)  # fmt: skip
-        except (InputError, MemoryError, RuntimeError) as e:
-            if isinstance(e, RuntimeError) and "memory" not in str(e):
-                raise
-            failed += [named(path, e) for path in paths]
-            continue
-        for path, place, photo in zip(paths, places, restored):
-            try:
-                write(place, photo)
-            except InputError as e:
-                failed.append(named(path, e))
-    if failed and len(jobs) == 1:
-        raise InputError(failed[0])
-    print(f"restored {len(jobs) - len(failed)} of {len(jobs)} photos, in {str(target)!r}")
-    for line in failed:
+    from .photos import restore_folder
+
+    names = ("steps", "feedback", "tile", "overlap", "force", "max_pixels")
+    model = load(options)
+    chosen = {name: getattr(options, name) for name in names}
+    restored, skipped, problems = restore_folder(model, options.input, options.output, **chosen)
+    there = f"; {skipped} were there already (--force restores them anew)" if skipped else ""
+    print(f"restored {restored} of {restored + skipped + len(problems)} photos, in {options.output!r}{there}")
+    for line in problems:
         print(f"error: {line}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if problems else 0
 
 
-def opened(jobs, force, failed):
-    """The photos of jobs (path, place), read one by one; why one cannot be done is added to `failed`."""
-    for path, place in jobs:
-        try:
-            if place.exists() and not force:
-                raise InputError(f"{str(place)!r} exists: pass --force to overwrite it, or another name")
-            photo = read(path)
-            check_photo(photo)
-            check_writable(place, photo)
-        except InputError as e:
-            failed.append(named(path, e))
-        else:
-            yield path, place, photo
+def train(options):
+    import torch
 
+    from . import data, datasets
+    from . import train as training
+    from . import weights as files
 
-def one_size(photos, pixels=2**18):
-    """Groups of (path, place, photo) that fit into one batch: photos of one size, up to so many pixels together."""
-    waiting = {}
-    for item in photos:
-        size = item[2].shape[:2]
-        waiting.setdefault(size, []).append(item)
-        if len(waiting[size]) * size[0] * size[1] >= pixels:
-            yield waiting.pop(size)
-        while sum(len(group) * h * w for (h, w), group in waiting.items()) > 16 * pixels:
-            yield waiting.pop(next(iter(waiting)))  # sizes of which few come must not pile up
-    yield from waiting.values()
-
-
-def named(path, e):
-    if not isinstance(e, InputError):  # torch has no type of its own for the end of memory on a CPU
-        return f"not enough memory to restore {str(path)!r}: pass a smaller --tile"
-    return str(e) if repr(str(path)) in str(e) or repr(path.name)[1:-1] in str(e) else f"{str(path)!r}: {e}"
-
-
-def beginning(options):
-    """The model that training starts from, and a word for it: new, or that of --weights."""
-    torch.manual_seed(abs(options.seed))  # a negative seed is refused by fit, in its own words
+    chosen = {n: v for n in vars(training.Options()) if (v := getattr(options, n, None)) is not None}
+    if options.steps is not None:
+        chosen["num_steps"] = options.steps
+    chosen["command"] = "python -m sipl_min " + shlex.join(options.arguments)
+    settings = training.RECIPE_SETTINGS[options.recipe or "authors"]
+    torch.manual_seed(options.seed or 0)
     if not options.weights:
-        return SIPL(options.preset, **train.DESIGN.get(options.recipe, {})), ""
-    model = open_model(options.weights, "cpu")
-    if options.recipe != "backbone" and not model.settings.fusion:  # starts as good as the backbone is
-        model = SIPL.from_backbone(model, **(dict(identity_start=True) | train.DESIGN.get(options.recipe, {})))
-    return model, f"weights of crc {zlib.crc32(Path(options.weights).read_bytes())}"
-
-
-def train_model(options):
-    model, start = beginning(options)
-    with train.processes(options.device) as (device, first):
+        model = SIPL(options.preset, backbone=options.backbone, **settings)
+        chosen = training.SCHEDULES[options.preset] | chosen
+    else:
+        model = files.load(options.weights)
+        chosen["start"] = str(options.weights)
+        if options.recipe not in (None, "backbone") and not model.fusion:  # starts as good as the backbone is
+            about, model = model.about, files.from_backbone(model, identity_start=True)
+            model.about = {"num_steps": about.get("num_steps", 0)}
+    images = options.images
+    if options.data:
+        images = data.Images(**datasets.training(options.data, options.suite or "cdd11"), cache=2**33)
+    if options.pairs:
+        size = chosen.get("crop_size", training.Options.crop_size)
+        images = data.Pairs(*options.pairs, crop_size=size, skip_bad=options.skip_bad)
+    if options.validate_every:
+        chosen["validate"] = functools.partial(validate, suite=options.suite or "cdd11")
+    with training.processes(options.device) as (device, first):
         if first:
-            million = sum(p.numel() for p in model.parameters()) / 1e6
-            print(f"{options.weights or options.preset}: {million:.2f} M parameters")
-        check_setting(options.setting)
-        images = options.images
-        if options.data and options.images:
-            raise InputError("--images and --data are two sources: pass one of them")
-        if options.data:
-            images = data.Images(**datasets.training(options.data, options.setting), cache=2**33)
-            if first:
-                print(f"{len(images)} clean images; pairs: " + (", ".join(
-                    f"{len(p)} of {c}" for c, p in images.pairs.items()) or "none"))  # fmt: skip
-        schedule = train.SCHEDULES[options.preset]
-        schedule = {name: value if getattr(options, name) is None else getattr(options, name)
-                    for name, value in schedule.items()}  # fmt: skip
-
-        def validate(model):
-            rows = benchmark.evaluate(model, options.setting, int(model.settings.fusion), size=128, progress=False)
-            return {f"held_out_{e}": means["average"] for e, means in benchmark.average(rows).items()}
-
-        every = options.validate_every
-        schedule |= dict(validate=validate, validate_every=every) if every else {}
-        names = ("setting", "recipe", "seed", "save_every", "save_minutes", "accumulate", "ema", "mild", "folder")
-        given = {name: getattr(options, name) for name in names}
-        train.fit(model, images, device=device, start=start, **schedule, **given)
+            print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+        training.fit(model, images, recipe=options.recipe, folder=options.folder, device=device, **chosen)
         if first:
             print(f"weights: {Path(options.folder) / 'model.safetensors'}")
 
 
-def run_study(options):
-    names = ("images", "test", "settings", "arms", "seeds", "preset", "steps", "T", "photos", "size", "device")
-    show.without_screen()
-    rows = study.run(options.folder, **{name: getattr(options, name) for name in names})
-    study.save(rows, options.folder)
-    print(study.report(rows))
+def validate(model, suite):
+    """Mean PSNR of each estimate over the embedded held-out photos."""
+    from . import evaluate
+
+    rows = evaluate.measure(model, evaluate.embedded(suite, size=128), int(len(model.fusion) > 0), progress=False)
+    return {f"held_out_{estimate}": means["average"] for estimate, means in evaluate.average(rows).items()}
 
 
-def show_data(options):
-    print("\n".join(datasets.report(options.folder)))
+def benchmark(options):
+    from . import evaluate
 
-
-def run_speed(options):
-    show.without_screen()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path, rows = Path(options.output or ""), []
-    keep = path.with_suffix(".unfinished.json") if options.output else None
-    print(speed.HEAD)
-    for row in speed.measure(options.presets, options.sizes, options.T, options.repeats, device, keep=keep):
-        tqdm.write(speed.line(row))
-        rows.append(row)
-    print(f"medians of {options.repeats} alternating runs on {device}; memory: peak above the weights, each in its own "
-          f"process;\na large matrix product reaches {speed.matrix_rate(device):.0f} GFLOP/s here; data: what "
-          "making the batch takes, as part of our training step; differ: max |ours - naive| / max |naive|")  # fmt: skip
-    if keep:
-        benchmark.write_csv(rows, path)
-        speed.draw(rows, path.with_suffix(".png"))
-        keep.unlink()
-        print(f"table: {path}, figure: {path.with_suffix('.png')}")
-
-
-def run_benchmark(options):
-    if options.output:
-        benchmark.check_table(options.output)
-    if options.setting == "speed":
-        return run_speed(options)
-    settings = list(SETTINGS) if options.setting == "all" else [options.setting]
-    model, rows = load(options), []
-    if options.data and options.output and len(settings) > 1:
-        raise InputError("with --data, --output takes one setting at a time, so that an interrupted run can go on")
-    against = open_model(options.against, options.device) if options.against else None
-    text, parts = [], {}
-    for setting in settings:
-        if options.data:
-            part, notes = real.evaluate(model, setting, options.data, options.steps, options.output, options.save,
-                                        against=against)  # fmt: skip
-            print(f"\n{setting}: the data sets below {options.data}, published protocol\n")
-        else:
-            part = benchmark.evaluate(model, setting, options.steps, seed=options.seed, draws=options.draws,
-                                      against=against)  # fmt: skip
-            notes = benchmark.missing(setting)
-            print(f"\n{setting}: embedded held-out photos, synthetic degradations, middle 256 x 256 pixels\n")
-        if part:
-            for value in ("psnr", "ssim"):
-                print(benchmark.table(part, setting, value, bool(options.data)) + "\n")
-            text.append(f"## {setting}\n\n" + benchmark.markdown(part, setting, bool(options.data)))
-        for line in notes:
-            print(f"not measured here: {line}" if not options.data else f"note: {line}")
-        rows += part
-        parts |= {setting: part} if part else {}
+    model = load(options)
+    against = SIPL.load(options.against, options.device) if options.against else None
+    if options.suite == "keep":
+        cases = evaluate.keep()
+    elif options.data:
+        cases = evaluate.real(options.suite, options.data)
+    else:
+        cases = evaluate.embedded(options.suite, seed=options.seed, draws=options.draws)
+    rows = evaluate.measure(model, cases, options.steps, against, options.output)
+    for note in cases.notes:
+        print(f"note: {note}")
     if not rows:
-        raise InputError(f"nothing of {options.setting} can be measured with what lies below {options.data!r}")
+        raise InputError(f"nothing of {options.suite} lies below {options.data!r}: see python -m sipl_min data")
+    text = evaluate.markdown(rows, options.suite)
+    print(text)
     if options.output:
-        benchmark.write_csv(rows, options.output)
-        with whole(Path(options.output).with_suffix(".md")) as temporary:
-            temporary.write_text("\n".join(text))
-        show.without_screen()
-        show.save(show.gains(parts), Path(options.output).with_suffix(".png"))
+        with atomic_write(Path(options.output).with_suffix(".md")) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def data(options):
+    from .datasets import report
+
+    print("\n".join(report(options.folder)))
+
+
+def study(options):
+    from .study import main
+
+    return main(options.rest)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,32 @@
-"""The other backbones, each as a pair (encoder, decoder): Restormer, AdaIR (ICLR 2025) and NAFNet (ECCV 2022).
+"""Two more backbones, which enter themselves into `sipl.BACKBONES`: AdaIR (ICLR 2025) and NAFNet (ECCV 2022).
 
-PromptIR, and with it Restormer, is in `sipl.py`. What SIPL asks of a pair: `encoder(x)` returns features, of which the
-second to the fourth are privileged (1/2, 1/4, 1/8 resolution); `decoder(x, features, fuse)` calls `h = fuse(i, h)` once
-at each of these scales (i = 0, 1, 2) and returns the image.
+A backbone is a pair (encoder, decoder). `encoder(x)` returns features, of which the second to the fourth are privileged
+(1/2, 1/4, 1/8 resolution); its `multiple` and `padding` say how images are padded. `decoder(x, features, fuse)` calls
+h = fuse(i, h) once at each of these scales (i = 0, 1, 2) and returns the image.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .sipl import ChannelNorm, Decoder, Encoder, conv1, conv3, project
+from .sipl import BACKBONES, Decoder, Encoder, LayerNorm2d, conv1x1, conv3x3, pointwise_depthwise, unit
+
 
 # ---------------------------------------------------------------------------------- AdaIR (Cui et al., ICLR 2025)
-
-
-class ChannelCross(nn.Module):
+class ChannelCrossAttention(nn.Module):
     """Restormer's channel attention with queries from one feature, keys and values from another."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads, self.temperature = heads, nn.Parameter(torch.ones(heads, 1, 1))
-        self.q, self.kv, self.out = project(dim, dim), project(dim, 2 * dim), conv1(dim, dim)
+        self.q, self.kv, self.out = pointwise_depthwise(dim, dim), pointwise_depthwise(dim, 2 * dim), conv1x1(dim, dim)
 
     def forward(self, query, context):  # both (B, C, H, W)
-        b, c, h, w = query.shape
+        B, C, H, W = query.shape
         k, v = self.kv(context).chunk(2, dim=1)
-        q, k, v = (t.reshape(b, self.heads, c // self.heads, h * w) for t in (self.q(query), k, v))
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        attention = (q @ k.transpose(-2, -1) * self.temperature).softmax(-1)
-        return self.out((attention @ v).reshape(b, c, h, w))
+        q, k, v = (t.reshape(B, self.heads, C // self.heads, H * W) for t in (self.q(query), k, v))
+        attention = (unit(q) @ unit(k).mT * self.temperature).softmax(-1)
+        return self.out((attention @ v).reshape(B, C, H, W))
 
 
 class Frequency(nn.Module):
@@ -36,17 +34,18 @@ class Frequency(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
-        self.embed = conv3(3, dim)
-        self.rate = nn.Sequential(conv1(dim, dim // 8), nn.GELU(), conv1(dim // 8, 2))
-        self.high, self.low, self.merge = (ChannelCross(dim, heads) for _ in range(3))
-        self.where = nn.Conv2d(2, 1, 7, padding=3, bias=False)
-        self.which = nn.Sequential(conv1(dim, dim // 16), nn.ReLU(), conv1(dim // 16, dim))
+        self.embed = conv3x3(3, dim)
+        self.rate = nn.Sequential(conv1x1(dim, dim // 8), nn.GELU(), conv1x1(dim // 8, 2))
+        self.high, self.low, self.merge = (ChannelCrossAttention(dim, heads) for _ in range(3))
+        self.spatial_gate = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+        self.channel_gate = nn.Sequential(conv1x1(dim, dim // 16), nn.ReLU(), conv1x1(dim // 16, dim))
         self.mix = nn.Conv2d(dim, dim, 1)
         self.weight_new, self.weight_old = nn.Parameter(torch.zeros(dim, 1, 1)), nn.Parameter(torch.ones(dim, 1, 1))
 
     def box(self, u):
-        """The low frequencies of each image: a centred box, True inside, (B, 1, H, W); its size is learned in AdaIR's
-        words, but cut to whole numbers, so `rate` gets no gradient. Empty below 128 pixels a side."""
+        """The low frequencies of each image: a centered box, True inside, (B, 1, H, W), empty below 128 pixels a side.
+
+        AdaIR calls its size learned, but it is cut to whole numbers, so `rate` gets no gradient."""
         h, w = u.shape[-2:]
         rate = self.rate(u.mean((-2, -1), keepdim=True)).sigmoid()  # (B, 2, 1, 1)
         rows, columns = torch.arange(h, device=u.device) - h // 2, torch.arange(w, device=u.device) - w // 2
@@ -65,10 +64,11 @@ class Frequency(nn.Module):
     def forward(self, y, image):  # feature (B, C, h, w), input image (B, 3, H, W)
         low, high = self.split(image, y.shape[-2:])
         high, low = self.high(high, y), self.low(low, y)
-        where = self.where(torch.cat([high.amax(1, keepdim=True), high.mean(1, keepdim=True)], 1)).sigmoid()
-        pooled = low.mean((-2, -1), keepdim=True), low.amax((-2, -1), keepdim=True)
-        which = (self.which(pooled[0]) + self.which(pooled[1])).sigmoid()
-        return self.merge(y, self.mix(low * where + high * which)) * self.weight_new + y * self.weight_old
+        spatial = self.spatial_gate(torch.cat([high.amax(1, keepdim=True), high.mean(1, keepdim=True)], 1)).sigmoid()
+        mean, largest = low.mean((-2, -1), keepdim=True), low.amax((-2, -1), keepdim=True)
+        channel = (self.channel_gate(mean) + self.channel_gate(largest)).sigmoid()
+        mixed = self.mix(low * spatial + high * channel)
+        return self.merge(y, mixed) * self.weight_new + y * self.weight_old
 
 
 class AdaIRDecoder(Decoder):
@@ -76,21 +76,19 @@ class AdaIRDecoder(Decoder):
 
     def __init__(self, s):
         super().__init__(s)
-        self.frequency = nn.ModuleList(Frequency(s.dim * 2**i, s.heads[2]) for i in (1, 2, 3))
+        self.frequency = nn.ModuleList(Frequency(d, s.heads[2]) for d in s.dims[1:])
 
     def adapt(self, i, h, x):
         return self.frequency[i](h, x)
 
 
 # ---------------------------------------------------------------------------------- NAFNet (Chen et al., ECCV 2022)
-
-
 class NAFBlock(nn.Module):
     """No attention, no activation: gates, which multiply one half of the channels with the other."""
 
     def __init__(self, dim):
         super().__init__()
-        self.norm1, self.norm2 = ChannelNorm(dim, eps=1e-6), ChannelNorm(dim, eps=1e-6)
+        self.norm1, self.norm2 = LayerNorm2d(dim, eps=1e-6), LayerNorm2d(dim, eps=1e-6)
         self.inner = nn.Sequential(
             nn.Conv2d(dim, 2 * dim, 1), nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim)
         )
@@ -101,9 +99,12 @@ class NAFBlock(nn.Module):
     def forward(self, x):
         a, b = self.inner(self.norm1(x)).chunk(2, dim=1)
         gated = a * b
-        x = x + self.beta * self.out(gated * self.channels(gated.mean((-2, -1), keepdim=True)))
+        x = x + self.beta * self.out(gated * self.channels(self.pool(gated)))
         a, b = self.ffn_inner(self.norm2(x)).chunk(2, dim=1)
         return x + self.gamma * self.ffn_out(a * b)
+
+    def pool(self, x):
+        return x.mean((-2, -1), keepdim=True)
 
 
 def naf_level(dim, count):
@@ -113,17 +114,13 @@ def naf_level(dim, count):
 class NAFEncoder(nn.Module):
     """Features at full, 1/2, 1/4 and 1/8 resolution."""
 
-    @staticmethod
-    def pad(x, multiple):
-        """NAFNet's own padding: zeros at right and bottom, to multiples of 16."""
-        return F.pad(x, (0, -x.shape[-1] % 16, 0, -x.shape[-2] % 16))
+    multiple, padding = 16, "constant"  # zeros; the decoder halves the resolution a fourth time
 
     def __init__(self, s):
         super().__init__()
-        widths = [s.dim * 2**i for i in range(4)]
         self.embed = nn.Conv2d(3, s.dim, 3, padding=1)
-        self.levels = nn.ModuleList(naf_level(d, n) for d, n in zip(widths, s.blocks))
-        self.down = nn.ModuleList(nn.Conv2d(d, 2 * d, 2, stride=2) for d in widths[:3])
+        self.levels = nn.ModuleList(naf_level(d, n) for d, n in zip(s.dims, s.blocks))
+        self.down = nn.ModuleList(nn.Conv2d(d, 2 * d, 2, stride=2) for d in s.dims[:3])
 
     forward = Encoder.forward
 
@@ -133,10 +130,10 @@ class NAFDecoder(nn.Module):
 
     def __init__(self, s):
         super().__init__()
-        widths = [s.dim * 2**i for i in (3, 2, 1, 0)]
-        self.down, self.middle = nn.Conv2d(widths[0], 2 * widths[0], 2, stride=2), naf_level(2 * widths[0], s.middle)
-        self.up = nn.ModuleList(nn.Sequential(conv1(2 * d, 4 * d), nn.PixelShuffle(2)) for d in widths)
-        self.levels = nn.ModuleList(naf_level(d, n) for d, n in zip(widths, s.decoder_blocks))
+        dims = s.dims[::-1]
+        self.down, self.middle = nn.Conv2d(dims[0], 2 * dims[0], 2, stride=2), naf_level(2 * dims[0], s.middle)
+        self.up = nn.ModuleList(nn.Sequential(conv1x1(2 * d, 4 * d), nn.PixelShuffle(2)) for d in dims)
+        self.levels = nn.ModuleList(naf_level(d, n) for d, n in zip(dims, s.decoder_blocks))
         self.output = nn.Conv2d(s.dim, 3, 3, padding=1)
 
     def forward(self, x, features, fuse):
@@ -147,5 +144,36 @@ class NAFDecoder(nn.Module):
         return self.output(h) + x
 
 
-BACKBONES = {"promptir": (Encoder, Decoder), "restormer": (Encoder, Decoder), "adair": (Encoder, AdaIRDecoder),
-             "nafnet": (NAFEncoder, NAFDecoder)}  # fmt: skip
+class LocalNAFBlock(NAFBlock):
+    """The mean over the image becomes a mean over a window around each pixel, which the image's borders stop."""
+
+    def pool(self, x):  # (B, C, H, W) -> the same
+        y = x.to(torch.promote_types(x.dtype, torch.float32))  # float16 sums overflow
+        for _ in range(2):  # along the rows, then, transposed, along the columns
+            n = min(self.window, y.shape[-1])
+            total = F.pad(y, (1, 0)).cumsum(-1)
+            means, left = (total[..., n:] - total[..., :-n]) / n, (n - 1) // 2
+            y = F.pad(means, (left, n - 1 - left, 0, 0), "replicate").mT
+        return y.to(x.dtype)
+
+
+def nafnet_local(model, training_size=256):
+    """Make NAFNetLocal of a NAFNet, in place, and return it: the same weights, as used for NAFNet's published figures
+    on GoPro and REDS (TLC, Chu et al., ECCV 2022). Means are over windows of 1.5 times the training size."""
+    levels = [*model.encoder.levels, model.decoder.middle, *model.decoder.levels]
+    for blocks, scale in zip(levels, (1, 2, 4, 8, 16, 8, 4, 2, 1)):
+        for block in blocks:
+            block.__class__, block.window = LocalNAFBlock, int(1.5 * training_size) // scale
+    model.encoder.training_size = training_size  # kept in its file
+    return model
+
+
+class BiasFreeNorm(LayerNorm2d):
+    """In 9 of Restormer's 13 released files: x / sqrt(variance + eps) * weight. The mean stays in x."""
+
+    def forward(self, x):  # (B, C, H, W)
+        variance = x.to(torch.promote_types(x.dtype, torch.float32)).var(1, correction=0, keepdim=True)
+        return (x * (variance + self.eps).rsqrt()).to(x.dtype) * self.weight[:, None, None]
+
+
+BACKBONES.update(adair=(Encoder, AdaIRDecoder), nafnet=(NAFEncoder, NAFDecoder))

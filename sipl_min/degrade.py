@@ -1,16 +1,19 @@
-"""What the world does to a photo: batched degradations with an explicit random generator.
+"""Synthetic degradations, batched, with explicit random generators; and suites of them, named as in published tables.
 
-Every function takes clean images x (B, 3, H, W) in [0, 1] on any device and a `torch.Generator` of that device, draws
-its randomness per image, and returns the degraded batch, same shape, in [0, 1]. Where a parameter is a pair
-(low, high) each image draws its own value uniformly; a single number is used as it is. Same seed, same device: same
+Every degradation takes clean images x (B, 3, H, W) in [0, 1] on any device and a `torch.Generator` of that device,
+draws its randomness per image, and returns the degraded batch, same shape, in [0, 1]. Where a parameter is a pair
+(low, high), each image draws its own value uniformly; a single number is used as it is. Same seed, same device: same
 result. Lengths are in pixels, angles in degrees, intensities on the 0..1 scale unless said otherwise.
 """
 
+import io
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from .files import InputError
-from .tiles import mirror
 
 
 def generator(seed, device="cpu"):
@@ -24,14 +27,21 @@ def uniform(x, g, spec):
     return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=g, device=x.device)
 
 
+def normal(x, g):
+    """Gaussian noise of deviation 1, shaped as x."""
+    return torch.randn(x.shape, generator=g, device=x.device)
+
+
 # ------------------------------------------------------------------------------------------------- tools
+def mirror(x, axis, before, after):
+    """Reflect-pad one axis, as often as a tiny image needs (`F.pad` cannot pad by more than the image's own size)."""
+    n = x.shape[axis]
+    i = torch.arange(-before, n + after, device=x.device) % max(2 * n - 2, 1)
+    return x.index_select(axis, torch.minimum(i, (2 * n - 2 - i).abs())) if before or after else x
 
 
 def convolve(x, kernel):
-    """Convolve (B, C, H, W) with a kernel per image and channel (B, C or 1, K, K), K odd; edges are mirrored.
-
-    By FFT, so that the cost does not grow with the kernel: streaks and shakes are long.
-    """
+    """Convolve (B, C, H, W) with a kernel per image (B, 1 or C, K, K), K odd, by FFT, edges mirrored."""
     h, w, r = *x.shape[-2:], kernel.shape[-1] // 2
     x = mirror(mirror(x, -2, r, r), -1, r, r)
     size = x.shape[-2:]
@@ -41,7 +51,8 @@ def convolve(x, kernel):
 
 def box(x, r):
     """Mean over a (2r + 1) x (2r + 1) window, edges mirrored; first down, then across: 4r additions, not 4r²."""
-    return F.avg_pool2d(F.avg_pool2d(mirror(mirror(x, -2, r, r), -1, r, r), (2 * r + 1, 1), 1), (1, 2 * r + 1), 1)
+    x = mirror(mirror(x, -2, r, r), -1, r, r)
+    return F.avg_pool2d(F.avg_pool2d(x, (2 * r + 1, 1), 1), (1, 2 * r + 1), 1)
 
 
 def guided(guide, x, r, eps):
@@ -51,32 +62,22 @@ def guided(guide, x, r, eps):
     return box(a, r) * guide + box(mx - a * m, r)
 
 
-def smooth_noise(x, g, cells=4):
-    """A smooth random field (B, 1, H, W) in [0, 1]: a small random grid, enlarged."""
-    grid = torch.rand(len(x), 1, cells, cells, generator=g, device=x.device)
-    return F.interpolate(grid, x.shape[-2:], mode="bicubic", align_corners=True).clamp(0, 1)
-
-
-def grey(x):
-    return x.mean(1, keepdim=True)
-
-
-def grid(k, x):
-    """Pixel offsets from the centre of a k x k kernel: (down, right), each (k, k)."""
+def offsets(k, x):
+    """Pixel offsets from the center of a k x k kernel: (down, right), each (k, k)."""
     r = torch.arange(k, device=x.device, dtype=x.dtype) - k // 2
     return r[:, None].expand(k, k), r[None, :].expand(k, k)
 
 
 def scatter(x, g, density, length, angle, width):
-    """Particles on black, (B, 1, H, W): random points, each drawn as a soft line, its brightness random in (0, 1).
+    """Particles on black, (B, 1, H, W): `density` points per pixel, each drawn as a soft line of random brightness.
 
-    density: particles per pixel; length, width: of the line; angle: from the vertical. The kernel's peak is 1.
+    length, width: of the line; angle: from the vertical. The brightest point gives a line of peak 1.
     """
     density, length, angle, width = (uniform(x, g, s) for s in (density, length, angle, width))
-    points = torch.rand(grey(x).shape, generator=g, device=x.device) < density
-    points = points * torch.rand(points.shape, generator=g, device=x.device)
+    points = torch.rand(len(x), 1, *x.shape[-2:], generator=g, device=x.device) < density
+    points = points * torch.rand(points.shape, generator=g, device=x.device)  # brightness
     k = 2 * int(float((length / 2 + 2 * width).max()) + 1) + 1
-    down, right = grid(k, x)
+    down, right = offsets(k, x)
     sin, cos = torch.sin(torch.deg2rad(angle)), torch.cos(torch.deg2rad(angle))
     along, across = down * cos + right * sin, right * cos - down * sin  # (B, 1, k, k)
     beyond = (along.abs() - length / 2).clamp(min=0)  # distance past the line's end
@@ -84,42 +85,71 @@ def scatter(x, g, density, length, angle, width):
 
 
 # ------------------------------------------------------------------------------------------ degradations
-
-
 def noise(x, g, sigma=25.0):
     """Gaussian noise: floor(clip(255 x + sigma n, 0, 255)) / 255, n ~ N(0, 1); sigma on the 0..255 scale.
 
     Truncated to whole numbers as in the published test protocol of AirNet (Li et al. 2022) and PromptIR.
     """
-    n = torch.randn(x.shape, generator=g, device=x.device)
+    n = normal(x, g)
     return (255 * x + uniform(x, g, sigma) * n).clamp(0, 255).floor() / 255
 
 
-def rain(x, g, density=(0.01, 0.03), length=(15, 40), angle=(-15, 15), width=(0.5, 0.8), strength=(0.15, 0.4)):
-    """Rain streaks: x + strength * M, clipped; M grey motion-blurred points in two layers, the near one longer.
+def camera_noise(x, g, log_shot=(-9.2, -4.4)):
+    """A sensor's noise, of variance shot * light + read on linear light x^2.2 (Brooks et al. 2019, CVPR).
 
-    Additive model of OneRestore (Guo et al. 2024, CDD-11) and of Rain100L (Yang et al. 2017). Streaks of one image
-    share a direction up to a few degrees.
+    log read ~ N(2.18 log shot + 1.2, 0.26). In half of the images the noise is smoothed in part, as by demosaicing.
     """
-    lean = uniform(x, g, angle)
-    mask = 0
+    log_shot = uniform(x, g, log_shot)
+    log_read = 2.18 * log_shot + 1.2 + 0.26 * normal(log_shot, g)
+    n = normal(x, g)
+    smooth = uniform(x, g, (0.0, 1.0)) * (uniform(x, g, (0.0, 1.0)) < 0.5)
+    n = (1 - smooth) * n + smooth * 3 * box(n, 1)  # a mean of 3 x 3 has a third of the deviation
+    light = x**2.2
+    return (light + (log_shot.exp() * light + log_read.exp()).sqrt() * n).clamp(0, 1) ** (1 / 2.2)
+
+
+def jpeg(x, g, quality=(30, 95)):
+    """JPEG compression, with Pillow's tables and its 4:2:0 subsampling; quality 1 to 95. It runs on the CPU."""
+    y, qualities = torch.empty_like(x), uniform(x, g, quality).flatten().tolist()
+    pixels = (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    for i, q in enumerate(qualities):
+        file = io.BytesIO()
+        Image.fromarray(pixels[i]).save(file, "JPEG", quality=round(q))
+        y[i] = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).to(x) / 255
+    return y
+
+
+def rain(x, g, density=(0.01, 0.03), length=(15, 40), angle=(-15, 15), width=(0.5, 0.8), strength=(0.15, 0.4)):
+    """Rain streaks: x + strength * M, clipped; M gray motion-blurred points in two layers, the near one longer.
+
+    Additive model of OneRestore (Guo et al. 2024, CDD-11) and of Rain100L (Yang et al. 2017).
+    """
+    fall, mask = uniform(x, g, angle), 0
     for near in (0.6, 1.0):
-        part = [scale(s, near) for s in (length, width)]
-        tilt = lean + uniform(x, g, (-3.0, 3.0))
-        mask = mask + scatter(x, g, scale(density, 0.5 / near), part[0], tilt, part[1])
+        tilt = fall + uniform(x, g, (-3.0, 3.0))  # much the same direction
+        mask = mask + scatter(x, g, scale(density, 0.5 / near), scale(length, near), tilt, scale(width, near))
     return (x + uniform(x, g, strength) * mask).clamp(0, 1)
+
+
+def scale(spec, by):
+    return tuple(s * by for s in spec) if isinstance(spec, tuple) else spec * by
+
+
+# Layers of snow: flakes per pixel, length, width, light. Many small ones far away, a few big ones out of focus.
+FLAKES = (
+    (0.006, (1, 4), (0.6, 1.0), 0.8),
+    (0.0012, (1, 5), (1.2, 2.0), 1.4),
+    (0.00006, (1, 4), (4.0, 7.0), 0.7),
+)
 
 
 def snow(x, g, density=(0.3, 2.0), angle=(-45, 45), strength=(0.7, 1.0)):
     """Snow: x (1 - S) + S, S in [0, 1] a mask of flakes (CDD-11 step 3; Snow100K, Liu et al. 2018).
 
-    Three layers: many small flakes far away, fewer large ones, and a few big translucent ones out of focus;
-    `density` scales their number, `angle` is the common direction of fall.
+    `density` scales the number of flakes, `angle` is their common direction of fall.
     """
-    fall, amount = uniform(x, g, angle), uniform(x, g, density)
-    flakes = 0
-    for count, length, width, light in ((0.006, (1, 4), (0.6, 1.0), 0.8), (0.0012, (1, 5), (1.2, 2.0), 1.4),
-                                        (0.00006, (1, 4), (4.0, 7.0), 0.7)):  # fmt: skip
+    fall, amount, flakes = uniform(x, g, angle), uniform(x, g, density), 0
+    for count, length, width, light in FLAKES:
         tilt = fall + uniform(x, g, (-15.0, 15.0))
         flakes = flakes + light * scatter(x, g, count * amount, length, tilt, width)
     s = uniform(x, g, strength) * flakes.clamp(0, 1)
@@ -127,7 +157,7 @@ def snow(x, g, density=(0.3, 2.0), angle=(-45, 45), strength=(0.7, 1.0)):
 
 
 def haze(x, g, beta=(1.0, 2.0), airlight=(0.6, 0.9), depth=None):
-    """Haze: x t + A (1 - t) with t = exp(-beta d); A grey (CDD-11 step 4; the model of Koschmieder 1924).
+    """Haze: x t + A (1 - t) with t = exp(-beta d); A gray (CDD-11 step 4; the model of Koschmieder 1924).
 
     depth: d (B, 1, H, W), relative distance, 0 near to about 1 far; pixels that are NaN (unknown), or all where it
     is None, take a random `depth_field`. CDD-11 caps d at 0.7, and so do we.
@@ -140,44 +170,55 @@ def haze(x, g, beta=(1.0, 2.0), airlight=(0.6, 0.9), depth=None):
 
 
 def depth_field(x, g):
-    """A made-up distance (B, 1, H, W) in [0, 1]: far at the top, random smooth relief, and steps at edges.
-
-    The steps come from the image itself: regions of another brightness are put at another distance.
-    """
+    """A made-up distance (B, 1, H, W) in [0, 1]: far at the top, smooth relief, bright regions farther than dark."""
     up = torch.linspace(1, 0, x.shape[-2], device=x.device)[:, None]
-    d = uniform(x, g, (0.0, 0.2)) + uniform(x, g, (0.2, 0.7)) * up + 0.3 * (smooth_noise(x, g) - 0.4)
-    regions = guided(grey(x), grey(x), 8, 0.02)  # an edge-keeping blur
+    d = uniform(x, g, (0.0, 0.2)) + uniform(x, g, (0.2, 0.7)) * up
+    grid = torch.rand(len(x), 1, 4, 4, generator=g, device=x.device)
+    relief = F.interpolate(grid, x.shape[-2:], mode="bicubic", align_corners=True).clamp(0, 1)
+    d = d + 0.3 * (relief - 0.4)
+    gray = x.mean(1, keepdim=True)
+    regions = guided(gray, gray, 8, 0.02)  # an edge-keeping blur
     return (d + uniform(x, g, (0.0, 0.4)) * (regions - 0.3)).clamp(0, 1)
 
 
 def blur(x, g, length=(8, 24), size=31):
     """Camera shake: x^2.2 convolved with the path of a shaking camera, then ^(1/2.2) (GoPro, Nah et al. 2017).
 
-    The sensor averages light, not display values, hence the gamma. The path is a smooth random walk of 64 steps
-    of `length` pixels in all, drawn into a `size` x `size` kernel of sum 1, centred.
+    The sensor averages light, not display values, hence the gamma. The path is a smooth random walk of `length`
+    pixels in 64 steps, drawn into the center of a `size` x `size` kernel of sum 1.
     """
     turn = torch.randn(len(x), 64, generator=g, device=x.device).cumsum(1) * 0.15
     heading = 2 * torch.pi * uniform(x, g, (0.0, 1.0))[:, :, 0, 0] + turn
     path = torch.stack([heading.sin(), heading.cos()], -1).cumsum(1) * uniform(x, g, length)[:, :, :, 0] / 64
     path = path - path.mean(1, keepdim=True)  # (B, 64, 2)
-    down, right = grid(size, x)
+    down, right = offsets(size, x)
     squared = (down - path[..., 0, None, None]) ** 2 + (right - path[..., 1, None, None]) ** 2  # (B, 64, K, K)
     kernel = torch.exp(-squared / (2 * 0.5**2)).sum(1, keepdim=True)
     return convolve(x**2.2, kernel / kernel.sum((-2, -1), keepdim=True)).clamp(0, 1) ** (1 / 2.2)
 
 
-def low(x, g, gamma=(2.0, 3.0), sigma=(0.03, 0.08)):
+def low_light(x, g, gamma=(2.0, 3.0), sigma=(0.03, 0.08)):
     """Low light: x L^gamma / L + N(0, sigma), clipped; L the illumination (CDD-11 step 1, after LIME, Guo 2017).
 
-    L is the maximum over RGB, smoothed with the edges of the grey image; sigma on the 0..1 scale.
+    L is the maximum over RGB, smoothed with the edges of the gray image; sigma on the 0..1 scale.
     """
     brightest = box(x.amax(1, keepdim=True), 7)
-    light = guided(grey(x), brightest, 7, 0.01).clamp(1e-3, 1)
-    n = uniform(x, g, sigma) * torch.randn(x.shape, generator=g, device=x.device)
+    light = guided(x.mean(1, keepdim=True), brightest, 7, 0.01).clamp(1e-3, 1)
+    n = uniform(x, g, sigma) * normal(x, g)
     return (x * light ** (uniform(x, g, gamma) - 1) + n).clamp(0, 1)
 
 
-def drops(x, g, density=(0.0004, 0.0015), radius=(4.0, 9.0)):
+def dim_light(x, g, alpha=(0.9, 1.0), beta=(0.5, 1.0), gamma=(1.5, 5.0), sigma=(-0.004, 0.03)):
+    """An underexposed photo: beta (alpha x)^gamma (Lv, Li & Lu 2021, IJCV), with a little noise, in 8 bits.
+
+    sigma: deviation of the noise on the 0..1 scale; below 0 there is none.
+    """
+    y = uniform(x, g, beta) * (uniform(x, g, alpha) * x) ** uniform(x, g, gamma)
+    y = y + uniform(x, g, sigma).clamp(min=0) * normal(x, g)
+    return (255 * y).clamp(0, 255).round() / 255
+
+
+def lens_drops(x, g, density=(0.0004, 0.0015), radius=(4.0, 9.0)):
     """Drops on the lens: inside a drop the scene is seen displaced and out of focus (RainDrop, Qian et al. 2018).
 
     density: drops per pixel; radius of a drop in pixels. Each drop is a small lens: pixels move along its slope.
@@ -187,70 +228,91 @@ def drops(x, g, density=(0.0004, 0.0015), radius=(4.0, 9.0)):
     rows, columns = x.shape[-2:]
     slope = [(torch.roll(height, 1, a) - torch.roll(height, -1, a)).squeeze(1) for a in (-2, -1)]  # (B, H, W)
     down, right = torch.linspace(-1, 1, rows, device=x.device), torch.linspace(-1, 1, columns, device=x.device)
-    where = torch.stack([right + 400 * slope[1] / columns, down[:, None] + 400 * slope[0] / rows], -1)
-    seen = F.grid_sample(box(x, 4), where, padding_mode="reflection", align_corners=True)
+    place = torch.stack([right + 400 * slope[1] / columns, down[:, None] + 400 * slope[0] / rows], -1)
+    seen = F.grid_sample(box(x, 4), place, padding_mode="reflection", align_corners=True)
     return x * (1 - inside) + inside * (0.85 * seen + 0.15 * height).clamp(0, 1)
 
 
-def scale(spec, by):
-    return tuple(s * by for s in spec) if isinstance(spec, tuple) else spec * by
-
-
-# ---------------------------------------------------------------------------------------------- settings
-
-NOISE = {f"CBSD68_{s}": (noise, dict(sigma=float(s))) for s in (15, 25, 50)}
+# ------------------------------------------------------------------------------------------------ suites
 STREAKS = dict(density=(0.0005, 0.0018), length=(20, 50), angle=(-25, 25), width=(0.6, 1.1), strength=(0.3, 0.6))
-OUTDOOR = (haze, dict(beta=(0.4, 2.0), airlight=(0.8, 1.0)))
+OUTDOOR = {"SOTS": (haze, dict(beta=(0.4, 2.0), airlight=(0.8, 1.0))), "Rain100L": (rain, STREAKS)}
+NOISE = {f"CBSD68_{sigma}": (noise, dict(sigma=float(sigma))) for sigma in (15, 25, 50)}
 CDD = {
-    "low": (low, {}),
+    "low": (low_light, {}),
     "rain": (rain, dict(density=(0.04, 0.08), length=(12, 30), width=(0.5, 0.7), strength=(0.06, 0.12))),
     "snow": (snow, {}),
     "haze": (haze, {}),
 }
-CDD11 = ["low", "haze", "rain", "snow", "low_haze", "low_rain", "low_snow", "haze_rain", "haze_snow",
-         "low_haze_rain", "low_haze_snow"]  # fmt: skip
+CDD11 = ["low", "haze", "rain", "snow", "low_haze", "low_rain", "low_snow", "haze_rain", "haze_snow"]
+CDD11 += ["low_haze_rain", "low_haze_snow"]
 
-# setting -> (steps in the order they happen: name -> (function, arguments); columns: name -> steps in it)
-SETTINGS = {
-    "three_task": {"SOTS": OUTDOOR, "Rain100L": (rain, STREAKS), **NOISE},
-    "five_task": {"SOTS": OUTDOOR, "Rain100L": (rain, STREAKS), "CBSD68_25": NOISE["CBSD68_25"], "GoPro": (blur, {}),
-                  "LOLv1": (low, dict(gamma=(2.5, 4.0), sigma=(0.01, 0.03)))},
-    "deweather": {"Snow100K-S": (snow, dict(density=(0.3, 1.0))), "Snow100K-L": (snow, dict(density=(1.5, 4.0))),
-                  "Outdoor-Rain": (rain, dict(density=(0.02, 0.06), strength=(0.12, 0.3))), "veil": OUTDOOR,
-                  "RainDrop": (drops, {})},
+# suite -> its steps in the order they happen: name -> (degradation, parameters)
+SUITES = {
+    "three_task": OUTDOOR | NOISE,
+    "five_task": {
+        **OUTDOOR,
+        "CBSD68_25": NOISE["CBSD68_25"],
+        "GoPro": (blur, {}),
+        "LOLv1": (low_light, dict(gamma=(2.5, 4.0), sigma=(0.01, 0.03))),
+    },
+    "deweather": {
+        "Snow100K-S": (snow, dict(density=(0.3, 1.0))),
+        "Snow100K-L": (snow, dict(density=(1.5, 4.0))),
+        "Outdoor-Rain": (rain, dict(density=(0.02, 0.06), strength=(0.12, 0.3))),
+        "veil": OUTDOOR["SOTS"],  # heavy rain far away is a haze
+        "RainDrop": (lens_drops, {}),
+    },
     "cdd11": CDD,
-}  # fmt: skip
-SETTINGS["mixed"] = SETTINGS["three_task"] | SETTINGS["five_task"] | CDD  # for one network that is to know them all
-COLUMNS = {name: {step: [step] for step in steps} for name, steps in SETTINGS.items()}
+    "everyday": {  # for one network that is to mend all and spoil nothing: from sound photos to bad ones
+        "noise": (noise, dict(sigma=(0.0, 55.0))),
+        "camera": (camera_noise, {}),
+        "hazy": (haze, dict(beta=(0.0, 2.2), airlight=(0.7, 1.0))),
+        "streaks": (rain, STREAKS | dict(strength=(0.1, 0.6))),
+        "shake": (blur, dict(length=(2, 26))),
+        "dim": (dim_light, {}),
+        **CDD,
+        "jpeg": (jpeg, {}),
+    },
+}
+SUITES["mixed"] = SUITES["three_task"] | SUITES["five_task"] | CDD  # all published tables at once
+
+# suite -> its columns: name -> the steps in it
+COLUMNS = {suite: {name: [name] for name in steps} for suite, steps in SUITES.items()}
 COLUMNS["cdd11"] = {name: name.split("_") for name in CDD11}
-COLUMNS["deweather"]["Outdoor-Rain"].append("veil")  # heavy rain far away is a haze
-del COLUMNS["deweather"]["veil"]
+COLUMNS["deweather"]["Outdoor-Rain"].append(COLUMNS["deweather"].pop("veil")[0])
+COLUMNS["everyday"] = {"clean": []} | COLUMNS["everyday"] | COLUMNS["cdd11"]
 COLUMNS["mixed"] = COLUMNS["three_task"] | COLUMNS["five_task"] | COLUMNS["cdd11"]
 
+# suite -> how often training meets each column, in whole numbers
+SHARES = {suite: dict.fromkeys(columns, 1) for suite, columns in COLUMNS.items()}
+SHARES["everyday"] |= dict.fromkeys(CDD11, 5) | dict(low=6, haze=6, rain=6, snow=8)
+SHARES["everyday"] |= dict(clean=12, jpeg=12, noise=36, camera=16, hazy=24, streaks=20, shake=16, dim=20)
 
-def check_setting(setting):
-    if setting not in SETTINGS:
-        raise InputError(f"unknown setting {setting!r}: choose one of {', '.join(SETTINGS)}")
+
+def check_suite(suite):
+    """Raises InputError where there is no such suite."""
+    if suite not in SUITES:
+        raise InputError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
 
 
-def degrade(x, g, setting, columns, depth=None):
-    """Degrade each image of a batch by its own column of a setting, all images of one step together.
+def degrade(x, g, suite, columns, depth=None):
+    """Degrade each image of a batch by its own column of a suite, all images of one step together.
 
     Args:
         x: clean (B, 3, H, W) in [0, 1]; g: generator on x's device.
-        setting: "three_task", "five_task", "cdd11", "deweather" or "mixed"; the columns are named as in the
+        suite: "three_task", "five_task", "cdd11", "deweather", "mixed" or "everyday"; the columns are named as in the
             published tables, and imitate those data sets (SOTS: haze; GoPro: motion blur; LOLv1: low light).
         columns: B names, e.g. ["low_haze", "rain"]; depth: as in `haze`.
-    Returns (B, 3, H, W). Raises InputError for an unknown setting or column.
+    Returns (B, 3, H, W). Raises InputError for an unknown suite or column.
     """
-    check_setting(setting)
+    check_suite(suite)
     for name in columns:
-        if name not in COLUMNS[setting]:
-            raise InputError(f"unknown column {name!r} in {setting}: choose one of {', '.join(COLUMNS[setting])}")
+        if name not in COLUMNS[suite]:
+            raise InputError(f"unknown column {name!r} in {suite}: choose one of {', '.join(COLUMNS[suite])}")
     x = x.clone()
-    for step, (function, arguments) in SETTINGS[setting].items():
-        index = [i for i, name in enumerate(columns) if step in COLUMNS[setting][name]]
+    for step, (function, parameters) in SUITES[suite].items():
+        index = [i for i, name in enumerate(columns) if step in COLUMNS[suite][name]]
         if index:
             extra = dict(depth=depth[index]) if function is haze and depth is not None else {}
-            x[index] = function(x[index], g, **arguments, **extra)
+            x[index] = function(x[index], g, **parameters, **extra)
     return x

@@ -1,11 +1,10 @@
-"""Figures: rows of labelled images, error maps and curves, as the demo and the notebooks draw them."""
+"""Figures, as the demo and the notebooks draw them: rows of labelled images, error maps, bars of gains."""
 
-import matplotlib
 import numpy as np
 import torch
 
-from .benchmark import average, psnr, ssim
-from .files import whole
+from .evaluate import average, psnr, ssim
+from .files import atomic_write
 
 
 def picture(image):
@@ -17,73 +16,66 @@ def picture(image):
     return image.permute(1, 2, 0).clamp(0, 1).numpy().squeeze() if image.ndim == 3 else image.numpy()
 
 
-def error(y, clean):
-    """Absolute error of (1, 3, H, W), mean over colours: (H, W); `panels` draws it from black (0) to bright (0.3)."""
-    return (y.clamp(0, 1) - clean).abs().mean((0, 1))
-
-
-def score(y, clean):
-    """'24.31 dB, 0.812': PSNR and SSIM, to write below an image."""
-    return f"{psnr(y, clean):.2f} dB, {ssim(y, clean):.3f}"
-
-
 def panels(rows, width=2.2, top=0.3):
-    """Draw a grid. rows: a list of rows, each a list of (title, image) or (title, image, text below the image).
+    """Draw a grid of images. rows: lists of (title, image) or (title, image, text below); None leaves a place empty.
 
-    Images are as in `picture`; two-dimensional ones are maps, drawn in colour from 0 to `top`. None leaves a place
-    empty.
+    Images are as in `picture`; two-dimensional ones are maps, in color from 0 to `top`. width: inches of a column.
     """
     from matplotlib import pyplot as plt
 
-    first = [np.asarray(picture(next(i for i in r if i)[1])).shape for r in rows]
-    heights = [width * shape[0] / shape[1] + 0.38 for shape in first]
+    shapes = [np.shape(picture(next(item for item in row if item)[1])) for row in rows]
+    heights = [width * shape[0] / shape[1] + 0.38 for shape in shapes]
     columns = max(len(row) for row in rows)
-    figure, axes = plt.subplots(len(rows), columns, squeeze=False, figsize=(width * columns, sum(heights)),
-                                height_ratios=heights, layout="constrained")  # fmt: skip
+    size = (width * columns, sum(heights))
+    figure, axes = plt.subplots(
+        len(rows), columns, squeeze=False, figsize=size, height_ratios=heights, layout="constrained"
+    )
     for ax in axes.flat:
         ax.axis("off")
     for row, line in zip(rows, axes):
-        for item, ax in zip(row, line):
-            if item is not None:
-                image = picture(item[1])
-                flat = dict(cmap="inferno", vmin=0, vmax=top) if image.ndim == 2 else {}
-                ax.imshow(image, **flat)
-                ax.set_title(item[0], fontsize=8)
-                ax.text(0.5, -0.03, "".join(item[2:]), transform=ax.transAxes, ha="center", va="top", fontsize=8)
+        for (title, image, *below), ax in ((item, ax) for item, ax in zip(row, line) if item):
+            image = picture(image)
+            ax.imshow(image, **(dict(cmap="inferno", vmin=0, vmax=top) if image.ndim == 2 else {}))
+            ax.set_title(title, fontsize=8)
+            ax.text(0.5, -0.03, "".join(below), transform=ax.transAxes, ha="center", va="top", fontsize=8)
     return figure
 
 
 def estimates_row(x, estimates, y, name):
-    """One row of panels, PSNR and SSIM below: degraded, y0..y_T, clean, then the errors of first and last estimate."""
-    row = [(name, x, score(x, y))]
-    row += [(f"$\\hat y_{{{t}}}$", e, score(e, y)) for t, e in enumerate(estimates)]
+    """One row of `panels`: degraded, y_0..y_T, clean, errors of first and last estimate; PSNR and SSIM below."""
+
+    def score(image):
+        return f"{psnr(image, y):.2f} dB, {ssim(image, y):.3f}"
+
+    def error(image):  # mean over colors, (H, W)
+        return (image.clamp(0, 1) - y).abs().mean((0, 1))
+
+    row = [(name, x, score(x))]
+    row += [(rf"$\hat y_{{{t}}}$", e, score(e)) for t, e in enumerate(estimates)]
     row += [("clean", y)]
-    last = len(estimates) - 1
-    row += [(f"$|\\hat y_{{{t}}} - y|$", error(estimates[t], y)) for t in sorted({0, last})]
+    row += [(rf"$|\hat y_{{{t}}} - y|$", error(estimates[t])) for t in sorted({0, len(estimates) - 1})]
     return row
 
 
 def gains(measured):
-    """Bars: the gain in PSNR of each estimate over the input, by setting and column. measured: setting -> rows."""
+    """Bars: the gain in PSNR of each estimate over the input, by suite and column. measured: suite -> rows."""
     from matplotlib import pyplot as plt
 
-    means = {setting: average(rows) for setting, rows in measured.items()}
+    means = {suite: average(rows) for suite, rows in measured.items()}
     counts = [len(m["input"]) - 1 for m in means.values()]
-    figure, axes = plt.subplots(1, len(means), figsize=(2 + 0.45 * sum(counts), 3.6), width_ratios=counts, sharey=True,
-                                squeeze=False, layout="constrained")  # fmt: skip
-    for ax, (setting, m) in zip(axes.flat, means.items()):
+    size = (2 + 0.45 * sum(counts), 3.6)
+    figure, axes = plt.subplots(
+        1, len(means), figsize=size, width_ratios=counts, sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax, (suite, m) in zip(axes.flat, means.items()):
         columns, names = list(m["input"])[:-1], [n for n in m if n != "input"]
+        bar = 0.8 / len(names)
         for k, name in enumerate(names):
+            places = np.arange(len(columns)) + (k - (len(names) - 1) / 2) * bar
             label = rf"$\hat y_{{{name[1:]}}}$" if name[0] == "y" else name
-            gain = [m[name][c] - m["input"][c] for c in columns]
-            ax.bar(
-                np.arange(len(columns)) + (k - (len(names) - 1) / 2) * 0.8 / len(names),
-                gain,
-                0.8 / len(names),
-                label=label,
-            )
+            ax.bar(places, [m[name][c] - m["input"][c] for c in columns], bar, label=label)
         ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
-        ax.set_title(setting, fontsize=10)
+        ax.set_title(suite, fontsize=10)
         ax.axhline(0, color="k", lw=0.8)
     axes[0, 0].set_ylabel("PSNR over the input (dB)")
     axes[0, -1].legend(fontsize=8)
@@ -94,11 +86,6 @@ def save(figure, path):
     """Write a figure whole or not at all, and close it."""
     from matplotlib import pyplot as plt
 
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=80)
     plt.close(figure)
-
-
-def without_screen():
-    """Let a command draw where there is no display."""
-    matplotlib.use("Agg")

@@ -1,400 +1,360 @@
-"""Self-Improved Privilege Learning (SIPL) for image restoration: the whole method, in the order of the data.
+"""Self-Improved Privilege Learning (SIPL) for image restoration: the whole method in one file, in plain PyTorch.
 
-Backbone blocks, then the Privileged Dictionary with its Proxy Fusion (read and write), then the network that holds
-both, then the test-time loop. Backbone: PromptIR (Potlapalli et al. 2023), which is Restormer (Zamir et al. 2022)
-with prompts in the decoder. Method: Wu, Jiang, Jiang & Liu 2025, arXiv 2505.24207.
+Method:   Wu, Jiang, Jiang & Liu 2025, arXiv 2505.24207.
+Backbone: PromptIR (Potlapalli et al., NeurIPS 2023), which is Restormer (Zamir et al., CVPR 2022) with prompts.
 
-Shapes in the comments: B images, C channels, H x W pixels, d = `Settings.dim`.
-"""
+P are encoder features of a better image than the input x. Proxy Fusion reads them into a learned Privileged Dictionary
+D and writes the result, the proxy Read(D, P), into the decoder. In training the better image is the clean one. At test
+time it is the network's own estimate: y_0 = f(x; D), then y_t = f(x; Read(D, E(y_{t-1}))), where E is the encoder.
+Shapes in comments: B images, C channels, H x W pixels, d = settings.dim."""
 
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import weights
-from .files import Name, check_batch, check_fusion, check_loop, check_privileged, check_range
-from .restore import restore
-from .settings import choose
-from .tiles import add, local, pad, tiles
 
-# ---------------------------------------------------------------------------------------------- backbone blocks
+@dataclass(frozen=True)
+class Settings:
+    """Everything that shapes the network. The defaults are SIPL + PromptIR as published, 40.03 M parameters.
+    A tuple of four is per level (full, 1/2, 1/4, 1/8 resolution), a tuple of three per scale (1/2, 1/4, 1/8)."""
+
+    backbone: str = "promptir"  # a name in BACKBONES
+    dim: int = 48  # d: channels at full resolution, doubled by each level
+    blocks: tuple = (4, 6, 6, 8)  # transformer blocks
+    refinement: int = 4  # transformer blocks after the last decoder level
+    heads: tuple = (1, 2, 4, 8)  # of channel attention
+    expansion: float = 2.66  # hidden channels of a feed-forward network / its input channels
+    prompt_channels: tuple = (64, 128, 320)  # PromptIR only
+    prompt_size: tuple = (64, 32, 16)  # PromptIR only
+    middle: int = 1  # NAFNet only: blocks at 1/16 resolution
+    decoder_blocks: tuple = (1, 1, 1, 1)  # NAFNet only: blocks at 1/8, 1/4, 1/2, full resolution
+    fusion: bool = True  # False: the backbone alone, without dictionary and Proxy Fusion
+    dictionary_size: tuple = (64, 32, 16)  # a dictionary has size x size entries
+    dictionary_std: float = 0.02  # of its random start; the released code starts from 0 and loses its first step
+    read_heads: tuple = (1, 2, 1)
+    write_heads: tuple = (1, 2, 4)
+    identity_start: bool = False  # True: an untrained Write changes nothing
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, like = getattr(self, f.name), f.default
+            if not isinstance(value, (type(like), int)) or isinstance(like, tuple) and len(value) != len(like):
+                raise ValueError(f"setting {f.name}={value!r} cannot work: it must be like {like!r}")
+        for d, *heads in zip(self.dims, self.heads, (1, *self.read_heads), (1, *self.write_heads)):
+            if any(d % h for h in heads):
+                raise ValueError(f"settings heads, read_heads, write_heads: {d} channels need heads that divide them")
+
+    @property
+    def dims(self):
+        return [self.dim * 2**i for i in range(4)]  # channels of each level
 
 
-class ChannelNorm(nn.Module):
-    """Layer norm over the channels of each pixel (biased variance, weight and bias)."""
-
-    def __init__(self, dim, eps=1e-5):
-        super().__init__()
-        self.eps = eps
-        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x):  # (B, C, H, W)
-        x = x.permute(0, 2, 3, 1)  # layer_norm wants the channels last
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+PRESETS = {  # what differs from the defaults
+    "nano": dict(dim=16, blocks=(1, 1, 1, 1), refinement=1, heads=(1, 2, 2, 4), expansion=2.0)  # 1.3 M parameters
+    | dict(prompt_channels=(8, 16, 16), prompt_size=(16, 8, 4), dictionary_size=(16, 8, 4)),
+    "small": dict(dim=24, blocks=(2, 2, 2, 4), refinement=2)  # 5.4 M
+    | dict(prompt_channels=(16, 32, 64), prompt_size=(32, 16, 8), dictionary_size=(32, 16, 8)),
+    "paper": {},  # 40 M
+}
 
 
-def conv1(dim, out):
-    return nn.Conv2d(dim, out, 1, bias=False)
+def known(kind, name, names):  # -> name
+    if name not in names:
+        near = get_close_matches(str(name), names, 1)
+        raise ValueError(f"unknown {kind} {name!r}: " + (f"did you mean {near[0]!r}?" if near else f"use {[*names]}"))
+    return name
 
 
-def conv3(dim, out):
-    return nn.Conv2d(dim, out, 3, padding=1, bias=False)
+# --------------------------------------------------------------------------------- Restormer's transformer block
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of each pixel."""
+
+    def forward(self, x):  # (B, C, H, W); nn.LayerNorm normalizes the last dimension
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def project(dim, out):
-    """1x1 convolution, then a 3x3 convolution of each channel by itself: mix channels, then look around."""
-    return nn.Sequential(conv1(dim, out), nn.Conv2d(out, out, 3, padding=1, groups=out, bias=False))
+conv1x1 = partial(nn.Conv2d, kernel_size=1, bias=False)
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
+
+
+def pointwise_depthwise(dim, out):  # a 1x1 convolution mixes channels, then a depthwise 3x3 neighboring pixels
+    return nn.Sequential(conv1x1(dim, out), conv3x3(out, out, groups=out))
+
+
+def unit(x):  # vectors of length 1, along the last dimension
+    return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))  # 1e-12 is 0 in float16
 
 
 class ChannelAttention(nn.Module):
-    """Restormer's MDTA: a head attends between its C/h channels, so the cost is linear in the number of pixels.
-
-    q.k of unit vectors over the pixels is a sum over pixels divided by two lengths, so it can be gathered tile by tile;
-    and W (A v) = (W A) v, so that attention and the 1x1 behind it are one small matrix for each image.
-    """
+    """Restormer's MDTA: attention between channels, so its cost is linear in the number of pixels."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads, self.temperature = heads, nn.Parameter(torch.ones(heads, 1, 1))
-        self.qkv, self.out = project(dim, 3 * dim), conv1(dim, dim)
+        self.qkv, self.out = pointwise_depthwise(dim, 3 * dim), conv1x1(dim, dim)
 
-    def forward(self, x, norm):  # (B, C, H, W) -> x + attention(norm(x))
-        b, c = x.shape[:2]
-        dots, squares, values = 0, 0, []
-        for place, tile, inner in tiles(x, 3 * c):
-            qk, v = self.qkv(norm(tile))[inner].permute(0, 2, 3, 1).split((2 * c, c), -1)  # (B, h, w, 2C), (B, h, w, C)
-            qk = qk.reshape(b, -1, 2, self.heads, c // self.heads)
-            q, k = qk.transpose(1, 3).unbind(2)  # (B, heads, h*w, C/heads)
-            dots = dots + q.mT @ k  # (B, heads, C/heads, C/heads)
-            squares = squares + qk.square().sum(1)  # (B, 2, heads, C/heads)
-            values.append((place, v if tile.shape == x.shape else v.clone()))  # a clone lets go of q and k
-        q, k = squares.sqrt().clamp(min=1e-12).unbind(1)  # the lengths
-        attention = (dots / (q[..., :, None] * k[..., None, :]) * self.temperature).softmax(-1)
-        weight = self.out.weight.view(c, self.heads, c // self.heads).transpose(0, 1)  # (heads, C, C/heads)
-        mix = (weight @ attention).transpose(1, 2).reshape(b, c, c)
-
-        def mixed():
-            while values:
-                place, v = values.pop()
-                yield place, (v.flatten(1, 2) @ mix.mT).view(v.shape).permute(0, 3, 1, 2)  # (B, C, h, w)
-
-        return add(x, mixed())
+    def forward(self, x):  # (B, C, H, W)
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(x).reshape(B, 3, self.heads, C // self.heads, H * W).unbind(1)
+        q, k = unit(q), unit(k)  # unit vectors over the pixels
+        attention = (q @ k.mT * self.temperature).softmax(-1)  # (B, heads, C/heads, C/heads)
+        return self.out((attention @ v).reshape(B, C, H, W))
 
 
 class FeedForward(nn.Module):
-    """Restormer's GDFN: one half of the channels gates the other. `dual` gates both ways (in Proxy Fusion)."""
+    """Restormer's GDFN: one half of the hidden channels gates the other. Proxy Fusion gates both ways."""
 
-    def __init__(self, dim, expansion, dual=False):
+    def __init__(self, dim, expansion, dual_gate=False):
         super().__init__()
-        hidden = int(dim * expansion)
-        self.dual, self.wide = dual, 2 * hidden
-        self.inner, self.out = project(dim, 2 * hidden), conv1(hidden, dim)
+        hidden, self.dual_gate = int(dim * expansion), dual_gate
+        self.inner, self.out = pointwise_depthwise(dim, 2 * hidden), conv1x1(hidden, dim)
 
-    def forward(self, x, norm):  # (B, C, H, W) -> x + feed-forward(norm(x))
-        a, b = self.inner(norm(x)).chunk(2, dim=1)  # (B, hidden, H, W) each, much wider than x
-        return x + self.out(F.gelu(a) * b + F.gelu(b) * a if self.dual else F.gelu(a) * b)
+    def forward(self, x):  # (B, C, H, W)
+        a, b = self.inner(x).chunk(2, dim=1)  # (B, hidden, H, W) each
+        return self.out(F.gelu(a) * b + F.gelu(b) * a if self.dual_gate else F.gelu(a) * b)
 
 
 class Block(nn.Module):
-    """Transformer block: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """Restormer's transformer block."""
 
     def __init__(self, dim, heads, expansion):
         super().__init__()
-        self.norm1, self.attention = ChannelNorm(dim), ChannelAttention(dim, heads)
-        self.norm2, self.ffn = ChannelNorm(dim), FeedForward(dim, expansion)
-
-    def forward(self, x):
-        x = self.attention(x, self.norm1)
-        return local(lambda tile: self.ffn(tile, self.norm2), x, self.ffn.wide, own=True)
-
-
-class Prompt(nn.Module):
-    """PromptIR's prompt: a learned blend of five learned feature maps, concatenated to the feature and mixed in."""
-
-    def __init__(self, dim, out, channels, size, expansion):
-        super().__init__()
-        self.maps = nn.Parameter(torch.rand(1, 5, channels, size, size))
-        self.choose, self.conv = nn.Linear(dim, 5), conv3(channels, channels)
-        self.block, self.reduce = Block(dim + channels, 4, expansion), conv1(dim + channels, out)
+        self.norm1, self.attention = LayerNorm2d(dim), ChannelAttention(dim, heads)
+        self.norm2, self.ffn = LayerNorm2d(dim), FeedForward(dim, expansion)
 
     def forward(self, x):  # (B, C, H, W)
-        weights = self.choose(x.mean((-2, -1))).softmax(-1)  # (B, 5): which prompts suit this image
-        prompt = (weights[:, :, None, None, None] * self.maps).sum(1)  # (B, channels, size, size)
-        prompt = self.conv(F.interpolate(prompt, x.shape[-2:], mode="bilinear"))
-        return self.reduce(self.block(torch.cat([x, prompt], 1)))
+        x = x + self.attention(self.norm1(x))
+        return x + self.ffn(self.norm2(x))
 
 
-# ------------------------------------------------------------------- Privileged Dictionary and Proxy Fusion
+def level(dim, heads, depth, expansion):
+    return nn.Sequential(*(Block(dim, heads, expansion) for _ in range(depth)))
 
 
+# ----------------------------------------------------------------------- Privileged Dictionary and Proxy Fusion
 class CrossAttention(nn.Module):
-    """Attention from every pixel of `query` to every pixel of `context`: one class serves read and write.
+    """Every pixel of `query` attends to every pixel of `context`: Read and Write are both this block."""
 
-    Logits are q.k * temperature with unit q and k: in [-1, 1] at the start, so attention begins as an average.
-    The residual starts from the *normalised* query, as released; `identity` starts it from the query itself and all
-    that is added at zero, so that a new write changes nothing. `source` is the width of `context`, if another.
-    """
-
-    def __init__(self, dim, heads, source=None, identity=False):
+    def __init__(self, dim, heads, context_dim=None, identity_start=False):
         super().__init__()
-        source, self.identity = source or dim, identity
-        self.heads, self.temperature = heads, nn.Parameter(torch.ones(heads, 1, 1))
-        self.norm_query, self.norm_context = ChannelNorm(dim), ChannelNorm(source)
-        self.q, self.kv, self.out = project(dim, dim), project(source, 2 * dim), conv1(dim, dim)
-        self.norm_ffn, self.ffn = ChannelNorm(dim), FeedForward(dim, 2, dual=True)
-        if identity:
-            nn.init.zeros_(self.out.weight), nn.init.zeros_(self.ffn.out.weight)
+        self.heads, self.identity_start = heads, identity_start
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.norm_query, self.norm_context = LayerNorm2d(dim), LayerNorm2d(context_dim or dim)
+        self.q, self.kv = pointwise_depthwise(dim, dim), pointwise_depthwise(context_dim or dim, 2 * dim)
+        self.out = conv1x1(dim, dim)
+        self.norm_ffn, self.ffn = LayerNorm2d(dim), FeedForward(dim, 2, dual_gate=True)
+        if identity_start:  # a new Write changes nothing
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.ffn.out.weight)
 
-    def tokens(self, x):  # (B or 1, C, H, W) -> (B or 1, heads, H*W, C/heads), last side by side
-        return x.permute(0, 2, 3, 1).contiguous().view(len(x), -1, self.heads, x.shape[1] // self.heads).transpose(1, 2)
+    def tokens(self, x):  # (B, C, H, W) -> (B, heads, H*W, C/heads): one token per pixel
+        x = x.permute(0, 2, 3, 1).contiguous()  # fused attention wants the channels of a token side by side in memory
+        return x.view(len(x), -1, self.heads, x.shape[-1] // self.heads).transpose(1, 2)
 
-    def queries(self, query):
-        """Unit vectors times temperature, (B, heads, H*W, C/heads), from the normalised query (B, C, H, W)."""
-        return F.normalize(self.tokens(self.q(query)), dim=-1) * self.temperature
+    def keys_values(self, context):  # (B, context_dim, h, w) -> two of (B, heads, h*w, C/heads)
+        k, v = map(self.tokens, self.kv(self.norm_context(context)).chunk(2, dim=1))
+        return unit(k), v
 
-    def keys(self, context):
-        """Unit keys, and values, (B, heads, h*w, C/heads) each, from the context (B, source, h, w)."""
-        kv = local(lambda tile: self.kv(self.norm_context(tile)), context, 2 * context.shape[1] + self.ffn.wide)
-        k, v = map(self.tokens, kv.chunk(2, dim=1))
-        return F.normalize(k, dim=-1), v
+    def attend(self, query, k, v):  # (B, C, H, W)
+        normed = self.norm_query(query)
+        q = unit(self.tokens(self.q(normed)))
+        B = max(len(q), len(k))  # the dictionary is the same for all images: its batch is 1
+        q, k, v = (t.expand(B, -1, -1, -1) for t in (q * self.temperature, k, v))
+        # softmax(temperature q k^T) v, without ever storing the (H*W) x (h*w) matrix
+        z = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        z = self.out(z.mT.reshape(B, *query.shape[1:]))
+        z = z + (query if self.identity_start else normed)  # the released code adds to the normalized query
+        return z + self.ffn(self.norm_ffn(z))
 
-    def forward(self, query, context):  # (B, C, H, W) and (B, source, h, w) -> (B, C, H, W)
-        k, v = self.keys(context)
-        batch = max(len(query), len(context))  # the dictionary has no batch: it is the same for every image
-        query, k, v = (t.expand(batch, -1, -1, -1) for t in (query, k, v))
-
-        def answer(tile):  # each pixel asks for itself, but for two 3x3 convolutions, one behind the other
-            normed = self.norm_query(tile)
-            # softmax(q k^T) v without the (H*W) x (h*w) matrix ever existing; no 1/sqrt(C), so scale=1
-            z = F.scaled_dot_product_attention(self.queries(normed), k, v, scale=1.0).transpose(1, 2)
-            z = self.out(z.reshape(batch, *tile.shape[2:], -1).permute(0, 3, 1, 2))
-            z = (tile if self.identity else normed) + z
-            return self.ffn(z, self.norm_ffn)
-
-        return local(answer, query, self.ffn.wide, halo=2)
+    def forward(self, query, context):  # (B, C, H, W), (B, context_dim, h, w) -> (B, C, H, W)
+        return self.attend(query, *self.keys_values(context))
 
 
 class ProxyFusion(nn.Module):
-    """The Privileged Dictionary of one scale, and the two attentions that use it (SIPL, Proxy Fusion)."""
+    """The Privileged Dictionary D of one scale, and Proxy Fusion: h <- Write(h, Read(D, P)) for a decoder feature h."""
 
-    def __init__(self, dim, size, std, read_heads, write_heads, source=None, identity=False):
+    def __init__(self, dim, size, std, read_heads, write_heads, identity_start=False, context_dim=None):
         super().__init__()
-        self.dictionary = nn.Parameter(std * torch.randn(1, dim, size, size))  # D_l
-        self.read = CrossAttention(dim, read_heads, source)  # source: channels of P_l, where not those of h_l
-        self.write = CrossAttention(dim, write_heads, identity=identity)
-
-    def proxy(self, privileged=None):
-        """The dictionary dressed with what this image needs: Read(D, P); without a privileged feature, D itself."""
-        return self.dictionary if privileged is None else self.read(self.dictionary, privileged)
+        self.dictionary = nn.Parameter(std * torch.randn(1, dim, size, size))
+        self.read = CrossAttention(dim, read_heads, context_dim)
+        self.write = CrossAttention(dim, write_heads, identity_start=identity_start)
 
 
-# ------------------------------------------------------------------------------------------------ the network
-
-
-def level(dim, heads, count, expansion):
-    return nn.Sequential(*(Block(dim, heads, expansion) for _ in range(count)))
-
-
+# ------------------------------------------------------------------------------------------ encoder and decoder
 class Encoder(nn.Module):
-    """Restormer's encoder: each level halves the resolution and doubles the channels."""
+    """Restormer's encoder E. Each level has half the resolution and twice the channels of the one before."""
 
-    pad = staticmethod(pad)
+    multiple, padding = 8, "reflect"  # images are padded to multiples of 8, since the resolution is halved three times
 
     def __init__(self, s):
         super().__init__()
-        widths = [s.dim * 2**i for i in range(4)]
-        self.embed = conv3(3, s.dim)
-        self.levels = nn.ModuleList(level(*args, s.expansion) for args in zip(widths, s.heads, s.blocks))
-        self.down = nn.ModuleList(nn.Sequential(conv3(d, d // 2), nn.PixelUnshuffle(2)) for d in widths[:3])
+        self.embed = conv3x3(3, s.dim)
+        self.levels = nn.ModuleList(level(*args, s.expansion) for args in zip(s.dims, s.heads, s.blocks))
+        self.down = nn.ModuleList(nn.Sequential(conv3x3(d, d // 2), nn.PixelUnshuffle(2)) for d in s.dims[:3])
 
-    def forward(self, x):
-        """(B, 3, H, W) -> features at full, 1/2, 1/4, 1/8 resolution, (B, d, H, W) to (B, 8d, H/8, W/8)."""
-        x = x.contiguous(memory_format=torch.channels_last)  # what norms, 1x1 convolutions and attention like best
+    def forward(self, x):  # (B, 3, H, W) -> [(B, d, H, W), (B, 2d, H/2, W/2), (B, 4d, H/4, W/4), (B, 8d, H/8, W/8)]
         features = [self.levels[0](self.embed(x))]
         for down, blocks in zip(self.down, self.levels[1:]):
             features.append(blocks(down(features[-1])))
         return features
 
 
+class Prompt(nn.Module):
+    """PromptIR's prompt: five learned feature maps, weighted to suit the image, concatenated and mixed in."""
+
+    def __init__(self, dim, out, channels, size, expansion):
+        super().__init__()
+        self.maps = nn.Parameter(torch.rand(5, channels, size, size))
+        self.choose, self.conv = nn.Linear(dim, 5), conv3x3(channels, channels)
+        self.block, self.reduce = Block(dim + channels, 4, expansion), conv1x1(dim + channels, out)
+
+    def forward(self, x):  # (B, C, H, W)
+        weights = self.choose(x.mean((-2, -1))).softmax(-1)  # (B, 5)
+        prompt = torch.einsum("bn,nchw->bchw", weights, self.maps)  # (B, channels, size, size)
+        prompt = self.conv(F.interpolate(prompt, x.shape[-2:], mode="bilinear"))
+        return self.reduce(self.block(torch.cat([x, prompt], 1)))
+
+
 class Decoder(nn.Module):
-    """Restormer's decoder, with PromptIR's prompts if the settings say so. Index 0, 1, 2 is the scale 1/2, 1/4, 1/8."""
+    """Restormer's decoder, with PromptIR's prompts if configured. i = 0, 1, 2 is the scale 1/2, 1/4, 1/8."""
 
     def __init__(self, s):
         super().__init__()
-        d2, d3, d4 = widths = [s.dim * 2**i for i in (1, 2, 3)]
-        reduced = (d2, d3, d3 if s.backbone == "promptir" else d4)  # after the prompt, whose 1x1 halves the latent
-        self.prompts = None
-        if s.backbone == "promptir":
-            args = zip(widths, reduced, s.prompt_channels, s.prompt_size)
-            self.prompts = nn.ModuleList(Prompt(*a, s.expansion) for a in args)
-        self.up = nn.ModuleList(nn.Sequential(conv3(d, 2 * d), nn.PixelShuffle(2)) for d in reduced)
-        self.merge = nn.ModuleList([nn.Identity(), conv1(2 * d2, d2), conv1(reduced[2] // 2 + d3, d3)])
-        args = zip((d2, d2, d3), s.heads, s.blocks)
-        self.levels = nn.ModuleList(level(*a, s.expansion) for a in args)
-        self.refinement, self.output = level(d2, s.heads[0], s.refinement, s.expansion), conv3(d2, 3)
+        _, d2, d3, d4 = s.dims
+        reduced = (d2, d3, d3 if s.backbone == "promptir" else d4)  # PromptIR's last prompt halves the channels
+        args = zip(s.dims[1:], reduced, s.prompt_channels, s.prompt_size)
+        self.prompts = nn.ModuleList(Prompt(*a, s.expansion) for a in args) if s.backbone == "promptir" else None
+        self.up = nn.ModuleList(nn.Sequential(conv3x3(d, 2 * d), nn.PixelShuffle(2)) for d in reduced)
+        self.merge = nn.ModuleList([nn.Identity(), conv1x1(2 * d2, d2), conv1x1(reduced[2] // 2 + d3, d3)])
+        self.levels = nn.ModuleList(level(*args, s.expansion) for args in zip((d2, d2, d3), s.heads, s.blocks))
+        self.refinement, self.output = level(d2, s.heads[0], s.refinement, s.expansion), conv3x3(d2, 3)
 
-    def adapt(self, i, h, x):  # PromptIR adapts each level to the degradation; Restormer does not
+    def adapt(self, i, h, x):  # what the backbone itself does at each scale
         return h if self.prompts is None else self.prompts[i](h)
 
     def forward(self, x, features, fuse):
-        """Image, its four features, and `fuse(i, h)`, which is Proxy Fusion at scale i -> image, not clamped."""
-        *skips, h = features
+        """Padded image, its four features, and fuse(i, h), which is Proxy Fusion at scale i -> restored image."""
+        h = features[3]
         for i in (2, 1, 0):
             h = self.adapt(i, fuse(i, h), x)
-            h = torch.cat([self.up[i](h), skips[i]], 1)  # twice the size, half the channels, and the skip
-            h = self.merge[i](h)
-            for block in (*self.levels[i], *(self.refinement if i == 0 else ())):  # one by one: each frees its input
-                h = block(h)
-        return self.output(h) + x  # the network predicts the damage
+            h = self.merge[i](torch.cat([self.up[i](h), features[i]], 1))
+            h = self.levels[i](h)
+        return self.output(self.refinement(h)) + x  # the network predicts the residual
 
 
+BACKBONES = {"promptir": (Encoder, Decoder), "restormer": (Encoder, Decoder)}  # backbones.py adds AdaIR and NAFNet
+
+
+# --------------------------------------------------------------------------------------------------- the method
 class SIPL(nn.Module):
-    """An all-in-one restoration network with a Privileged Dictionary, and the loop that lets it refine itself.
+    """A restoration network with a Privileged Dictionary: SIPL("nano"), or SIPL("paper", backbone="restormer").
 
-    Args:
-        preset: "nano" (a laptop), "small", or "paper" (SIPL + PromptIR as published, 40.03 M parameters).
-        overrides: any field of `Settings`, e.g. `fusion=False` for the plain backbone, `backbone="nafnet"`.
-    Raises InputError for an unknown preset or setting, or a value that cannot work.
-    """
+    `overrides` replace settings of a preset; ValueError where they cannot work. Images are tensors (B, 3, H, W) of any
+    size, with values in [0, 1], which only `restore` checks. Estimates have the same shape and are not clamped."""
 
-    def __init__(self, preset: str = "nano", **overrides: object) -> None:
+    def __init__(self, preset: str = "nano", **overrides: Any) -> None:
         super().__init__()
-        from .backbones import BACKBONES  # not above: that file is made of the blocks of this one
-
-        self.settings = s = choose(preset, **overrides)
-        encoder, decoder = BACKBONES[s.backbone]
+        for name in overrides:
+            known("setting", name, Settings.__annotations__)
+        self.settings = s = Settings(**PRESETS[known("preset", preset, PRESETS)] | overrides)
+        encoder, decoder = BACKBONES[known("backbone", s.backbone, BACKBONES)]
         self.encoder = encoder(s)
-        if s.fusion:
-            widths = [s.dim * 2**i for i in (1, 2, 3)]
-            args = zip(widths, s.dictionary_size, [s.dictionary_std] * 3, s.read_heads, s.write_heads)
-            self.fusion = nn.ModuleList(ProxyFusion(*a, identity=s.identity_start) for a in args)
-            if s.aligned:
-                self.aligned = nn.ModuleList(conv1(d, d) for d in widths)
-                [nn.init.zeros_(c.weight) for c in self.aligned]  # at first, nothing is added
+        args = zip(s.dims[1:], s.dictionary_size, 3 * [s.dictionary_std], s.read_heads, s.write_heads)
+        self.fusion = nn.ModuleList(ProxyFusion(*a, s.identity_start) for a in args if s.fusion)
         self.decoder = decoder(s)
 
-    # ---- what the method asks of a backbone, on padded images; `wrap.py` answers it for any other network
-
-    def pad(self, x, multiple=8):
-        return self.encoder.pad(x, multiple)
-
-    def encode(self, x):
-        """All that the decoder needs of x, computed once."""
-        return self.encoder(x)
-
-    def tap(self, image):
-        """E(image): the privileged features, at 1/2, 1/4 and 1/8 resolution."""
-        return self.encoder(image)[1:4]
-
-    def decode(self, x, features, proxies=None):
-        """x, its features and the proxies -> restored image (B, 3, H, W), not clamped."""
-
-        def fuse(i, h):  # Proxy Fusion at scale i, which a plain backbone has not
-            return h if proxies is None else self.fusion[i].write(h, proxies[i])
-
-        return self.decoder(x, features, fuse)
-
-    def proxies(self, privileged=None):
-        """Three proxies D^_l, one per scale; None for a plain backbone."""
-        if not self.settings.fusion:
-            return None
-        return [f.proxy(p) for f, p in zip(self.fusion, privileged or [None] * len(self.fusion))]
-
-    def guided(self, x, features, privileged=None):
-        """f(x; Read(D, P)), or f(x; D) without P, on a padded image and its features."""
-        if privileged is not None and getattr(self.settings, "aligned", False):  # both show the same pixel: add them
-            added = [f + a(p) for f, a, p in zip(features[1:4], self.aligned, privileged)]
-            features = [features[0], *added, *features[4:]]
-        return self.decode(x, features, self.proxies(privileged))
-
-    def estimates(self, x, steps=1, feedback="privilege"):
-        """The loop, on a padded image: yields y0, ..., y_T, one by one. Gradients pass through all of it."""
-        features = self.encode(x)  # E(x), once
-        yield (y := self.guided(x, features))
-        for t in range(steps):
-            if feedback == "chain" and t > 0:
-                x, features = y, self.encode(y)
-                y = self.guided(x, features)
-            yield (y := self.guided(x, features, self.tap(y)))  # P = E(estimate)
-
-    # ---- what people call
-
-    def forward(self, x: torch.Tensor, privileged: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """Restore once: y0 = f(x; D), or with `privileged` the guided pass f(x; Read(D, P)).
-
-        Args:
-            x: (B, 3, H, W), floating point, values in [0, 1]; any H and W (reflect-padded to multiples of 8 inside).
-            privileged: None, or three features as `model.privileged(image)` returns them.
-        Returns (B, 3, H, W), not clamped. Raises InputError for another shape or dtype.
-        """
-        check_batch(x, self)
-        if privileged is not None:
-            check_fusion(self, "a guided pass")
-            check_privileged(privileged, x, [f.read.norm_context.weight.shape[0] for f in self.fusion])
-        h, w = x.shape[-2:]
-        x = self.pad(x)
-        return self.guided(x, self.encode(x), privileged)[..., :h, :w]
+    def pad(self, x, multiple=1):
+        """Pad right and bottom to multiples of what the backbone needs, and of `multiple`."""
+        multiple, mode = max(multiple, self.encoder.multiple), self.encoder.padding
+        bottom, right = (-n % multiple for n in x.shape[-2:])
+        tiny = bottom >= x.shape[-2] or right >= x.shape[-1]  # F.pad reflects no more than there is
+        return F.pad(x, (0, right, 0, bottom), "replicate" if tiny and mode == "reflect" else mode)
 
     def privileged(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """E(image): encoder features at 1/2, 1/4, 1/8, a list of (B, 2d, H/2, W/2), (B, 4d, ...), (B, 8d, ...)."""
-        check_batch(image, self, "image")
-        return self.tap(self.pad(image))
+        """P = E(image), at 1/2, 1/4 and 1/8 resolution: (B, 2d, H/2, W/2), (B, 4d, H/4, W/4), (B, 8d, H/8, W/8)."""
+        return self.encoder(self.pad(image))[1:4]
+
+    def proxies(self, privileged: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """Read(D, P) at each scale, shaped as D: (B, 2d, S, S), (B, 4d, ...), (B, 8d, ...); without P, D itself."""
+        if privileged is None:
+            return [f.dictionary for f in self.fusion]
+        return [f.read(f.dictionary, p) for f, p in zip(self.fusion, privileged, strict=True)]
+
+    def decode(self, x, features, proxies):
+        """f(x; proxies), for a padded image x and its features E(x)."""
+        return self.decoder(x, features, lambda i, h: self.fusion[i].write(h, proxies[i]) if proxies else h)
+
+    def forward(self, x: torch.Tensor, privileged: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Restore once: the first pass f(x; D), or with privileged features the guided pass f(x; Read(D, P))."""
+        (H, W), x = x.shape[-2:], self.pad(x)
+        return self.decode(x, self.encoder(x), self.proxies(privileged))[..., :H, :W]
+
+    def estimates(self, x: torch.Tensor, steps: int = 1, feedback: str = "privilege") -> Iterator[torch.Tensor]:
+        """Yield y_0 = f(x; D), then y_1, ..., y_T for T = `steps`. Gradients flow through all of it.
+
+        feedback="privilege", the paper's equations: y_t = f(x; Read(D, E(y_{t-1}))), where E(x) is computed once.
+        feedback="chain", the loop of the released code: y_t becomes the next input x, with a first pass of its own.
+        Raises ValueError for another feedback, steps that cannot be counted, and steps without Proxy Fusion."""
+        known("feedback", feedback, ("privilege", "chain"))
+        if steps < 0 or steps != int(steps) or steps and not self.fusion:
+            raise ValueError(f"steps={steps}: it must be a whole number from 0, and 0 where there is no Proxy Fusion")
+        H, W = x.shape[-2:]
+        x = self.pad(x, 16 if feedback == "chain" else 1)  # 16 as in the released loop
+        features = self.encoder(x)
+        y = self.decode(x, features, self.proxies())
+        yield y[..., :H, :W]
+        for t in range(int(steps)):
+            if feedback == "chain" and t > 0:
+                x, features = y, self.encoder(y)
+                y = self.decode(x, features, self.proxies())
+            y = self.decode(x, features, self.proxies(self.privileged(y)))  # P = E(y)
+            yield y[..., :H, :W]
 
     @torch.no_grad()
-    def refine(self, x: torch.Tensor, steps: int = 1, feedback: str = "privilege", return_all: bool = False,
-               stop: str | None = None, tolerance: float = 0.5 / 255) -> Any:  # fmt: skip
-        """The test-time loop: the model's own estimate plays the clean image (SIPL, self-refinement).
+    def refine(self, x: torch.Tensor, steps: int = 1, feedback: str = "privilege", return_all: bool = False) -> Any:
+        """Self-refinement at test time, as `estimates`: y_T, or with `return_all` the list [y_0, ..., y_T]."""
+        estimates = list(self.estimates(x, steps, feedback))
+        return estimates if return_all else estimates[-1]
 
-        y0 = f(x; D), then `steps` times
-          feedback="privilege" (the paper's equations): P = E(y_{t-1}); y_t = f(x; Read(D, P))
-          feedback="chain" (the released code): the refined image becomes the next input, and each round starts anew
-            with its own first pass: a = f(y_{t-1}; D); y_t = f(y_{t-1}; Read(D, E(a))), where round one starts at x.
-        E(x) is shared: T steps cost 1 + T encoders and decoders (chain: 2T of each). Pads once before, crops once
-        after: to multiples of 8, and for "chain" of 16 as the released loop does. With stop="converged" it ends earlier
-        once a step changes every image by less than `tolerance` (root mean square).
+    # What follows lives in other files of the package, imported when called, so that this file also works alone.
+    def restore(self, photo: Any, steps: int | None = None, **options: Any) -> Any:
+        """A photo in, the same kind of photo out, of any size: see photos.restore."""
+        return package("photos").restore(self, photo, steps, **options)
 
-        Returns y_T (B, 3, H, W), not clamped, or with `return_all` the list [y0, ..., y_T].
-        Raises InputError for values far outside [0, 1], NaN, steps < 0, or a model without Proxy Fusion.
-        """
-        check_batch(x, self)
-        check_range(x)
-        check_loop(self, steps, feedback, stop, tolerance)
-        (h, w), found = x.shape[-2:], []
-        for y in self.estimates(self.pad(x, 16 if feedback == "chain" else 8), steps, feedback):
-            before, y = found[-1:], y[..., :h, :w]
-            found = [*found, y] if return_all else [y]
-            if stop and before and (y - before[0]).square().mean((1, 2, 3)).sqrt().max() < tolerance:
-                break
-        return found if return_all else found[-1]
+    def save(self, path: str | PathLike) -> None:
+        """Write weights and settings to a safetensors file, or with a config.json to a folder: see weights.save."""
+        package("weights").save(self, path)
 
-    def restore(self, image: Any, steps: int | None = None, feedback: str = "privilege", tile: int | None = None,
-                overlap: int = 64, progress: bool = False) -> Any:  # fmt: skip
-        """A photo in, the same kind of photo out: any size; dtype, channels and alpha are kept.
-
-        Args:
-            image: array or tensor H x W, or H x W x C with C = 1 (gray), 2 (gray + alpha), 3 (RGB), 4 (RGB + alpha);
-                uint8, uint16, or floating point in [0, 1]. Or a list of photos of one H x W, restored as one batch.
-            steps: refinement steps T (default 1; 0 for a plain backbone, which cannot refine).
-            tile: pixels a side of the windows in which a large photo is restored; 0 never cuts; default: as large as
-                half of the free memory allows, 4 GB of it at most on a CPU. Attention, prompts and dictionary see a
-                window, not the photo, so smaller ones change the result. overlap: pixels, blended. progress: a bar.
-        Returns an array of the same shape and dtype, or their list. Raises InputError for anything else, or NaN.
-        """
-        return restore(self, image, steps, feedback, tile, overlap, progress)
-
-    def save(self, path: Name) -> None:
-        """Write weights and settings to one safetensors file (to a temporary name first, then renamed)."""
-        weights.save(self, path)
+    save_pretrained = save
 
     @classmethod
-    def load(cls, path: Name, device: Any = None, net: nn.Module | None = None) -> "SIPL":
-        """Read what `save` wrote (around a wrapped network: into that `net`). Raises InputError; runs no code."""
-        model = weights.load(path, net).eval()
-        return model if device is None else model.to(device)
+    def load(cls, source: Any = "nano", device: Any = None, net: nn.Module | None = None) -> "SIPL":
+        """Weights that come with the project, by name; or a file of `save`, or a published one: see weights.load."""
+        return package("weights").load(source, device, net)
+
+    from_pretrained = from_published = load  # names that people know
 
     @classmethod
-    def from_pretrained(cls, name: str = "nano", device: Any = None) -> "SIPL":
-        """The trained weights that come with the project (data/README.md: how they were made, what they can do)."""
-        return cls.load(weights.included(name), device)
+    def from_backbone(cls, source: Any, identity_start: bool = False, **overrides: Any) -> "SIPL":
+        """A trained backbone with new Proxy Fusion around it: see weights.from_backbone."""
+        return package("weights").from_backbone(source, identity_start, **overrides)
+
+    @classmethod
+    def wrap(cls, net: nn.Module, *names: Any, **options: Any) -> "SIPL":
+        """SIPL in a network of your own, by the names of its modules: see wrap.wrap."""
+        return package("wrap").wrap(net, *names, **options)
+
+
+def package(file):
+    try:
+        return importlib.import_module(f"{__package__}.{file}")
+    except (ImportError, TypeError) as e:  # TypeError where there is no package at all
+        raise ImportError(f"this needs the package sipl_min, not only its file sipl.py ({e})") from e

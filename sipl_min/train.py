@@ -1,15 +1,19 @@
-"""The training loop: `fit`, the recipes it follows, and checkpoints that resume bit for bit."""
+"""Training: recipes, their options, `fit`, and checkpoints from which a training goes on bit for bit."""
 
 import contextlib
+import copy
 import csv
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -19,263 +23,253 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .data import Images, batch
-from .degrade import COLUMNS, check_setting
-from .files import InputError, Name, whole
-from .sipl import SIPL
+from . import weights
+from .data import Images, batch, hash_seed
+from .degrade import COLUMNS, check_suite, generator
+from .fast import FAST, accelerate
+from .files import InputError, Name, atomic_write
+from .sipl import SIPL, known
+
+# --------------------------------------------------------------------------------------------------------- recipes
+# A recipe makes estimates of the clean image y from the degraded image x, both (B, 3, H, W): one estimate, or a list.
+# The loss is their mean L1 distance to y. f is the network, E its encoder, D the dictionary, P what is privileged.
 
 
 def authors(model, x, y):
-    """The released training step: P = E(f(y; D)) without gradient, then the guided pass f(x; Read(D, P)).
+    """The released code: P = E(f(y; D)), without gradient; estimate f(x; Read(D, P)).
 
-    What is privileged is not the clean image y but the network's own restoration of it. At test time it will be the
-    restoration of the degraded image, P = E(f(x; D)): the same kind of image, from a worse source.
-    Only the guided pass is trained; the first pass f(x; D) has no loss of its own.
-    """
+    So P is of the network's own restoration of y, as at test time, P = E(f(x; D)), it will be of that of x.
+    The first pass f(x; D) has no loss of its own."""
     with torch.no_grad():
         privileged = model.privileged(model(y))
     return model(x, privileged)
 
 
 def backbone(model, x, y):
-    """The fair baseline: the same backbone without Proxy Fusion, one plain pass."""
+    """The fair baseline, the same backbone without Proxy Fusion: estimate f(x)."""
     return model(x)
 
 
 def privilege(model, x, y):
-    """Classic privilege learning: the pass guided by features of the clean image, P = E(y), teaches the plain one.
+    """Classic privilege learning: P = E(y), without gradient; estimates f(x; D) and f(x; Read(D, P)).
 
-    Both passes have a loss. At test time there is no clean image, so the first pass f(x; D) is all.
-    """
+    The guided pass teaches the first one, which is all that there is at test time."""
     with torch.no_grad():
         privileged = model.privileged(y)
     return [model(x), model(x, privileged)]
 
 
 def unroll(model, x, y):
-    """Ours: the test-time loop itself, y0 and y1, each with a loss, and gradients through the privilege.
+    """The loop of test time: estimates y_0 = f(x; D) and y_1 = f(x; Read(D, E(y_0))).
 
-    So training sees what test time will see, P = E(y0), and E learns to make features that are worth reading.
-    """
+    Gradients flow through the privilege too, so that E learns to make features that are worth reading."""
     return list(model.estimates(x, steps=1))
 
 
 RECIPES = {"authors": authors, "backbone": backbone, "privilege": privilege, "unroll": unroll}
-# The settings that a recipe needs, or was made for.
-DESIGN = {"authors": {}, "backbone": dict(fusion=False), "privilege": {},
-          "unroll": dict(identity_start=True, aligned=True)}  # fmt: skip
-
-# How long and how fast, by preset. The authors' schedule for SIPL is not published; `paper` is PromptIR's: batches of
-# 32 crops of 128 pixels, 2e-4, warm-up in a tenth of 150 epochs, an epoch of three tasks being some 4,400 batches.
-SCHEDULES = {
-    "nano": dict(steps=400, count=8, size=48, peak=1e-3, warmup=20),
-    "small": dict(steps=400, count=8, size=48, peak=1e-3, warmup=20),
-    "paper": dict(steps=660_000, count=32, size=128, peak=2e-4, warmup=66_000),
-}
+RECIPE_SETTINGS = {name: {} for name in RECIPES}  # the settings that a recipe needs, or was made for
+RECIPE_SETTINGS |= {"backbone": dict(fusion=False), "unroll": dict(identity_start=True)}
 
 
-def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up over `warmup` steps, then half a cosine down to zero at the last step."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+# --------------------------------------------------------------------------------------------------------- options
+@dataclass
+class Options:
+    """How to train; the defaults suit the preset "nano". Raises InputError where a number cannot work."""
+
+    suite: str = "cdd11"  # which degradations are added to clean images, see `degrade.SUITES`
+    num_steps: int = 400
+    batch_size: int = 8  # of all processes together
+    crop_size: int = 48  # pixels a side
+    lr: float = 1e-3  # AdamW's highest learning rate
+    warmup: int = 20  # steps until it is reached; then half a cosine, down to zero at the end
+    weight_decay: float = 1e-4
+    grad_clip: float = 1.0  # largest norm of the gradient
+    seed: int = 0  # of everything random
+    save_every: int = 100  # steps between checkpoints
+    save_minutes: float = 10.0  # and minutes
+    validate_every: int = 100  # steps
+    accumulate: int = 1  # parts in which a batch is worked on, for lack of memory
+    num_workers: int = 0  # processes that load a data set
+    ema: float = 0.0  # decay of a moving average of the weights, e.g. 0.999: what is then validated, saved, and left
+    mild: float = 0.0  # share of the crops that are degraded only in part, see `data.batch`
+    autocast: bool | None = None  # bfloat16; None: on CUDA only
+    start: str = ""  # label of the weights that the model comes with
+    trained: int = 0  # steps that those have behind them
+    command: str = ""  # noted in the weight file
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if hasattr(value, "item"):  # a number of NumPy, which no checkpoint holds
+                setattr(self, name, value.item())
+        for name in ("num_steps", "batch_size", "crop_size", "lr", "grad_clip", "accumulate", *SAVING):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)!r} must be a positive number")
+        if not (0 <= self.ema < 1 and 0 <= self.mild <= 1):
+            raise InputError(f"ema={self.ema!r} must be in [0, 1), and mild={self.mild!r} in [0, 1]")
 
 
-class Step(nn.Module):
-    """A recipe as a module, which is what DistributedDataParallel wraps."""
+SAVING = ("save_every", "save_minutes", "validate_every")
+# What may be another when a training goes on: it changes no number, or somebody has a reason.
+FREE = (*SAVING, "num_steps", "lr", "grad_clip", "accumulate", "processes", "num_workers", "autocast", "command")
 
-    def __init__(self, model, recipe):
-        super().__init__()
-        self.model, self.recipe = model, recipe
-
-    def forward(self, x, y):
-        found = self.recipe(self.model, x, y)
-        return found[None] if isinstance(found, torch.Tensor) else torch.stack(found)  # (estimates, B, 3, H, W)
+# The authors' schedule is not published. "paper" is PromptIR's: 150 epochs of some 4,400 batches, warm-up in a tenth.
+SCHEDULES = {"nano": {}, "small": {}}
+SCHEDULES["paper"] = dict(num_steps=660_000, batch_size=32, crop_size=128, lr=2e-4, warmup=66_000, save_every=1000)
 
 
-def fit(model: SIPL, images: Any = None, *, setting: str = "cdd11", recipe: str | Callable = "authors",
-        steps: int = 400, count: int = 8, size: int = 48, peak: float = 1e-3, warmup: int = 20, decay: float = 1e-4,
-        clip: float = 1.0, seed: int = 0, folder: Name | None = None, save_every: int = 100, save_minutes: float = 10,
-        validate: Callable | None = None, validate_every: int = 100, accumulate: int = 1, ema: float = 0.0,
-        mild: float = 0.0, start: str = "", device: Any = None, autocast: bool | None = None,
-        progress: bool = True) -> list[dict[str, float]]:  # fmt: skip
+def finetune_options(model: SIPL, start: str = "") -> dict[str, Any]:
+    """For a model with trained weights, as its file or `start` tells: a gentle schedule, its own recipe and suite."""
+    about = getattr(model, "about", {})
+    if not about.get("num_steps") and not start:
+        return {}
+    options = dict(trained=about.get("num_steps", 0), crop_size=64, lr=1e-4, warmup=100, ema=0.99)
+    if about.get("suite") in COLUMNS:
+        options["suite"] = about["suite"]
+    if about.get("recipe") in RECIPES and (about["recipe"] == "backbone") != bool(model.fusion):
+        options["recipe"] = about["recipe"]
+    return options
+
+
+def learning_rate(step, o):
+    """Linear warm-up, then half a cosine."""
+    if step < o.warmup:
+        return o.lr * (step + 1) / o.warmup
+    return o.lr * 0.5 * (1 + math.cos(math.pi * (step - o.warmup) / max(o.num_steps - o.warmup, 1)))
+
+
+# ------------------------------------------------------------------------------------------------------------- fit
+def fit(
+    model: SIPL,
+    data: Any = None,
+    *,
+    recipe: str | Callable | None = None,
+    folder: Name | None = None,
+    validate: Callable | None = None,
+    device: Any = None,
+    progress: bool = True,
+    **options: Any,
+) -> list[dict[str, float]]:
     """Train a model in place and return the log, a list of one dict per step.
 
-    Under torchrun every process makes the same batch and works on its share of it; DistributedDataParallel averages the
-    gradients, so that the numbers are those of one process, to rounding. The first process writes.
+    Under torchrun each process works on its share of every batch, and the gradients are averaged: the numbers are those
+    of one process, to rounding. Each step seeds PyTorch's global random generators.
 
     Args:
-        model: a `SIPL`; recipe "backbone" needs `fusion=False`, the others Proxy Fusion; see `DESIGN`.
-        images: None (embedded images), a folder of photos, a list of H x W x 3 arrays, or a `data.Images`.
-        setting: which degradations, see `degrade.SETTINGS`. recipe: a name in `RECIPES`, or any function
-            (model, x, y) -> estimate whose L1 distance to y is the loss, or a list of estimates, with equal weights.
-        steps, count, size: how many steps, of how many crops, of how many pixels a side (a multiple of 8).
-        peak, warmup, decay, clip: AdamW's learning rate and its schedule, weight decay, largest gradient norm.
-        folder: where `checkpoint.pt`, `log.csv` and, in the end, `model.safetensors` go, and TensorBoard's events where
-            that is installed. A checkpoint found there is resumed, and continues bit for bit on the same machine (with
-            as many processes); Ctrl-C saves one and stops. save_every, save_minutes: what is between checkpoints.
-        accumulate: in how many parts a batch is worked on, for lack of memory. ema: decay of an exponential moving
-            average of the weights, e.g. 0.999, which is then what is validated and, in the end, what the model holds.
-        mild: share of the crops that are degraded only in part, see `data.batch`.
-        start: a word for the weights that the model comes with; a checkpoint that began from others is not resumed.
-        validate: function (model) -> dict of numbers, called every `validate_every` steps and logged.
-        device: default CUDA if there, else CPU. autocast: bfloat16, default on CUDA only.
-    Raises InputError for arguments that do not fit, or a checkpoint that belongs to another run; and
-        FloatingPointError, which names the step, where loss or gradient is no longer finite; all before that step is
-        then in failed.pt, and checkpoint.pt is left as it was.
-    """
-    check_setting(setting)
-    step_function = RECIPES.get(recipe, recipe)
-    if not callable(step_function):
-        raise InputError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}, or pass a function")
-    if recipe in RECIPES and (recipe != "backbone") != model.settings.fusion:
-        raise InputError(f"recipe {recipe!r} needs a model with fusion={recipe != 'backbone'}")
-    whole_numbers = dict(steps=steps, count=count, size=size, save_every=save_every, validate_every=validate_every,
-                         accumulate=accumulate)  # fmt: skip
-    for name, value in whole_numbers.items():
-        multiple = 8 if name == "size" else 1
-        if not isinstance(value, int) or value < 1 or value % multiple:
-            raise InputError(f"{name}={value!r} must be a positive whole number" + ", a multiple of 8" * (multiple > 1))
-    for name, value in (("warmup", warmup), ("seed", seed)):
-        if not isinstance(value, int) or value < 0:
-            raise InputError(f"{name}={value!r} must be a whole number >= 0")
-    together = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    if count % (world * accumulate):
-        raise InputError(f"count={count} must be a multiple of {world} processes times accumulate={accumulate}")
-    if not 0 <= ema < 1:
-        raise InputError(f"ema={ema!r} must be at least 0 and below 1")
-    if not 0 <= mild <= 1:
-        raise InputError(f"mild={mild!r} must be between 0 and 1")
-    for name, value in (("peak", peak), ("clip", clip), ("save_minutes", save_minutes)):
-        if not 0 < value < math.inf:
-            raise InputError(f"{name}={value!r} must be a positive number")
-    if not 0 <= decay < math.inf:
-        raise InputError(f"decay={decay!r} must be a number >= 0")
-    label = recipe if isinstance(recipe, str) else getattr(recipe, "__name__", type(recipe).__name__)
-    peak, decay, clip, ema, mild = map(float, (peak, decay, clip, ema, mild))  # not NumPy's: no checkpoint holds those
-    device = usable(device)
-    autocast = device.type == "cuda" if autocast is None else autocast
-    images = images if isinstance(images, Images) else Images(images, seed=seed)
-    if strange := {*images.pairs} - {*COLUMNS[setting]}:
-        raise InputError(f"images.pairs has columns that {setting} has not: {', '.join(sorted(strange))}")
-    model.to(device).train()
-    forward = Step(model, step_function)
+        data: None for the embedded images; a folder of photos, a list of H x W x 3 arrays, or a `data.Images`, to which
+            degradations are added; a PyTorch data set of (x, y), degraded and clean, (3, H, W) in [0, 1]; or any
+            iterable of batches of these, gone through again and again, and from its start when a training goes on.
+        recipe: a name in RECIPES, or a function like those. Default: what the weights were trained with, or "authors",
+            and without Proxy Fusion "backbone".
+        folder: gets `checkpoint.pt`, `model.safetensors` and `log.csv`. A checkpoint that is there goes on, bit for bit
+            on the same machine; options that are not given are as they were. Ctrl-C saves one and stops.
+        validate: function of a copy of the model that returns a dict of numbers for the log.
+        device: default CUDA if there, else CPU.
+        options: fields of `Options`. Defaults for a model with trained weights: `finetune_options`.
+    Raises InputError for what cannot work, and for a checkpoint of another training; and FloatingPointError, which
+    names the step, where loss or gradient is not finite, before that reaches a weight or a checkpoint."""
+    folder = None if folder is None else Path(folder)
+    state = read_checkpoint(folder, model) if folder else None
+    before = state["run"] if state else finetune_options(model, options.get("start"))  # stand for what is not given
+    o = Options(**{name: before[name] for name in Options.__annotations__ if name in before} | options)
+    recipe, label = find_recipe(recipe, before, model)
+    data = find_data(data, o)
+    run = describe(model, label, data, o)
+    changes = compare(folder, state, run) if state else ""
+    device = pick_device(device)
+    rank, world = ranks()
+    first, log = (state["step"], state["log"]) if state else (0, [])
+    if folder and rank == 0:
+        write_log(folder, log)  # where nothing can be written, it is found out now
+        print(changes, end="")
+
+    was_fast = any(type(module) in FAST.values() for module in model.modules())
+    accelerate(model.to(device).train())  # channels last, also where gradients are recorded
+    network = Step(model, recipe, device.type == "cuda" if o.autocast is None else o.autocast)
     if world > 1:
-        forward = nn.parallel.DistributedDataParallel(forward, find_unused_parameters=True)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True) if ema else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=decay, fused=device.type == "cuda")
-    run = dict(settings=asdict(model.settings), setting=setting, recipe=label,
-               steps=steps, count=count, size=size, peak=peak, warmup=warmup, decay=decay, clip=clip, seed=seed,
-               accumulate=accumulate, ema=ema, processes=world, images=images.names(),
-               **{name: value for name, value in (("mild", mild), ("start", start)) if value})  # fmt: skip
-    run = json.loads(json.dumps(run, default=str))  # plain text and numbers, as they will be read back
-    first, log, writer = 0, [], None
-    if folder is not None:
-        folder = Path(folder)
-        first, log = resume(folder, run, model, optimizer, average)
-        writer = tensorboard(folder, first) if rank == 0 else None
-    saved = monotonic()
-    bar = tqdm(range(first, steps), initial=first, total=steps, disable=not progress or rank > 0, unit="step")
+        network = nn.parallel.DistributedDataParallel(network, find_unused_parameters=True)
+    optimizer = torch.optim.AdamW(model.parameters(), o.lr, weight_decay=o.weight_decay, fused=device.type == "cuda")
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(o.ema), use_buffers=True) if o.ema else None
+    result = average.module if average else model
+    parts = dict(model=model, optimizer=optimizer) | (dict(average=average) if average else {})
+    for name, part in parts.items() if state else ():
+        part.load_state_dict(state.pop(name))
+
+    def save(step):
+        about = dict(recipe=label, num_steps=o.trained + step, command=o.command)
+        about |= dict(suite=o.suite) if isinstance(data, Images) else {}
+        about |= dict(images=len(data)) if isinstance(data, Images | Dataset) else {}
+        model.about = result.about = getattr(model, "about", {}) | {name: v for name, v in about.items() if v}
+        if folder and rank == 0:
+            save_checkpoint(folder, result, log, parts, run=run, step=step, about=model.about)
+        return step, monotonic()
+
+    saved, saved_at = first, monotonic()
+    source = batches(data, first, o, device)
+    bar = tqdm(range(first, o.num_steps), initial=first, total=o.num_steps, disable=not progress or rank, unit="step")
     with Stop() as stop:
         for step in bar:
-            x, y, _ = batch(images, step, setting=setting, size=size, count=count, seed=seed, device=device, mild=mild)
-            parts = list(zip(x[rank::world].chunk(accumulate), y[rank::world].chunk(accumulate)))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak, warmup)
-            optimizer.zero_grad(set_to_none=True)
-            sums = torch.zeros(3, device=device)  # loss, PSNR, and whether somebody asked to stop
-            for i, (a, b) in enumerate(parts):
-                last = i + 1 == len(parts)
-                with contextlib.nullcontext() if last or world == 1 else forward.no_sync():
-                    # no cache: a weight cast inside no_grad would be remembered without its gradient
-                    with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
-                        estimates = forward(a, b).float()
-                    loss = F.l1_loss(estimates, b.expand_as(estimates)) / len(parts)
-                    loss.backward()
-                mse = (estimates[-1].detach().clamp(0, 1) - b).square().mean((1, 2, 3)).clamp(min=1e-10)
-                sums += torch.stack([loss.detach(), -10 * mse.log10().mean() / len(parts), loss.new_zeros(())])
-            sums[2] = float(stop.asked)
-            if world > 1:
-                dist.all_reduce(sums)
-            loss, psnr, stopping = (sums / world).tolist()
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+            torch.manual_seed(hash_seed(o.seed, step, 3))  # for data sets, recipes and layers that draw random numbers
+            x, y = next(source)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, o)
+            optimizer.zero_grad()
+            loss, psnr, stopping = backward(network, x, y, o.accumulate, stop)
+            norm = float(nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip))
             if not math.isfinite(loss + norm):
                 what = f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite at step {step}"
-                if folder is not None and rank == 0:
-                    save_checkpoint(folder, run, step, model, optimizer, log, average, "failed.pt")
-                    what += f" ({folder / 'failed.pt'} holds all before it: as checkpoint.pt it begins there)"
-                raise FloatingPointError(f"{what}: lower peak={peak} or clip={clip}")
+                again = "begin in another folder" if folder and 0 < saved == step else "call again"
+                raise FloatingPointError(f"{what}: lower lr={o.lr} or grad_clip={o.grad_clip}, and {again}")
             optimizer.step()
             if average:
                 average.update_parameters(model)
-            row = dict(step=step, loss=loss, psnr=psnr, gradient=norm)
-            if validate is not None and ((step + 1) % validate_every == 0 or step + 1 == steps):
-                tested = average.module if average else model
-                tested.eval()
-                row.update(validate(tested))
-                tested.train()
-            log.append(row)
-            for name, value in list(row.items())[1:] if writer else ():
-                writer.add_scalar(name, value, step)
+            log.append(dict(step=step, loss=loss, psnr=psnr, gradient=norm))
+            if validate and ((step + 1) % o.validate_every == 0 or step + 1 == o.num_steps):
+                log[-1] |= {name: float(v) for name, v in validate(copy.deepcopy(result).eval()).items()}
             bar.set_postfix(loss=f"{loss:.4f}", psnr=f"{psnr:.2f} dB", refresh=False)
-            late = monotonic() - saved > 60 * save_minutes
-            if (
-                folder is not None
-                and rank == 0
-                and ((step + 1) % save_every == 0 or step + 1 == steps or stopping or late)
-            ):
-                save_checkpoint(folder, run, step + 1, model, optimizer, log, average)
-                saved = monotonic()
+            if stopping or (step + 1) % o.save_every == 0 or monotonic() - saved_at > 60 * o.save_minutes:
+                saved, saved_at = save(step + 1)
             if stopping:
                 bar.close()
-                raise KeyboardInterrupt(f"stopped after step {step}" + (", saved" if folder is not None else ""))
-    if average:
-        model.load_state_dict(average.module.state_dict())
-    model.eval()
-    if folder is not None and rank == 0:
-        model.save(folder / "model.safetensors")
-    if writer:
-        writer.close()
+                raise KeyboardInterrupt(f"stopped after step {step}" + ", saved" * (folder is not None))
+    save(o.num_steps)
+    model.load_state_dict(result.state_dict())
+    accelerate(model.eval(), was_fast)
     return log
 
 
-def usable(device=None):
-    """A `torch.device`: the one named, or CUDA if there, else the CPU. Raises InputError where it cannot be used."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"device {str(device)!r} cannot be used here: choose cpu, or leave it out") from e
-    return torch.device(device)
+class Step(nn.Module):
+    """A recipe and its loss as one module, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, model, recipe, autocast):
+        super().__init__()
+        self.model, self.recipe, self.autocast = model, recipe, autocast
+
+    def forward(self, x, y):
+        """The loss of a batch, with its gradient, and the PSNR (dB) of the last estimate, without."""
+        # no cache: a weight cast inside no_grad would be remembered without its gradient
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
+            estimates = self.recipe(self.model, x, y)
+        estimates = estimates[None] if isinstance(estimates, torch.Tensor) else torch.stack(estimates)
+        loss = F.l1_loss(estimates.float(), y.expand_as(estimates))
+        mse = (estimates[-1].detach().float().clamp(0, 1) - y).square().mean((1, 2, 3)).clamp(min=1e-10)
+        return loss, -10 * mse.log10().mean()
 
 
-def tensorboard(folder, start):
-    """A writer of TensorBoard events in `folder`, or None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=start)
-
-
-@contextlib.contextmanager
-def processes(device=None):
-    """Join the other processes where torchrun started this one: yields (device, whether this is the first of them)."""
-    if "LOCAL_RANK" not in os.environ:
-        yield device, True
-        return
-    cuda = torch.cuda.is_available() and device != "cpu"
-    if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield device, dist.get_rank() == 0
-    finally:
-        dist.destroy_process_group()
+def backward(network, x, y, accumulate, stop):
+    """Gradients of a batch, of which each process works on its share, in parts. Returns loss, PSNR, stop or not."""
+    rank, world = ranks()
+    totals = torch.zeros(3, device=x.device)
+    for a, b in zip(x[rank::world].chunk(accumulate), y[rank::world].chunk(accumulate)):
+        loss, psnr = network(a, b)
+        share = len(a) / len(x)
+        (world * share * loss).backward()  # DistributedDataParallel takes the mean over processes
+        totals[:2] += share * torch.stack([loss.detach(), psnr])
+    totals[2] = float(stop.asked)
+    if world > 1:
+        dist.all_reduce(totals)
+    return totals.tolist()
 
 
 class Stop:
@@ -298,66 +292,194 @@ class Stop:
             signal.signal(signal.SIGINT, self.before)
 
 
-# --------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------------------------------------- recipe, data, devices
+def find_recipe(recipe, before, model):
+    """The function of a recipe, and its name. Raises InputError where the model does not fit it."""
+    if callable(recipe):
+        return recipe, getattr(recipe, "__name__", type(recipe).__name__)
+    if recipe is None:
+        usual = "authors" if model.fusion else "backbone"
+        recipe = before.get("recipe") if before.get("recipe") in RECIPES else usual
+    if known("recipe", recipe, RECIPES) == "backbone" and model.fusion:
+        raise InputError("recipe 'backbone' needs a model without Proxy Fusion: make it with fusion=False")
+    if recipe != "backbone" and not model.fusion:
+        raise InputError(f"recipe {recipe!r} needs Proxy Fusion: add it with SIPL.from_backbone, or pass 'backbone'")
+    return RECIPES[recipe], recipe
 
 
-def save_checkpoint(folder, run, step, model, optimizer, log, average=None, name="checkpoint.pt"):
-    """Write log.csv and checkpoint.pt (weights, their average, optimizer, step, the run's arguments), each whole.
+def find_data(data, o):
+    """`Images` of what stands for images; anything else as it is."""
+    if data is None or isinstance(data, Name | list | tuple):
+        data = Images(data, seed=o.seed)
+    if isinstance(data, Images):
+        check_suite(o.suite)
+        if strange := sorted({*data.pairs} - {*COLUMNS[o.suite]}):
+            raise InputError(f"images.pairs has columns that suite {o.suite!r} has not: {', '.join(strange)}")
+    return data
 
-    Raises InputError where the disk is full; what was saved before is then still there.
-    """
-    names = list(dict.fromkeys(name for row in log for name in row))
-    with whole(folder / "log.csv") as temporary, open(temporary, "w", newline="") as f:
-        writer = csv.DictWriter(f, names)
-        writer.writeheader()
-        writer.writerows(log)
-    state = dict(run=run, step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
-    state |= dict(average=average.state_dict()) if average else {}
-    with whole(folder / name) as temporary:
+
+def batches(data, first, o, device):
+    """Yield x, y (B, 3, H, W) on the device, from step `first` on, without end."""
+    if isinstance(data, Images):
+        options = dict(suite=o.suite, crop_size=o.crop_size, batch_size=o.batch_size, seed=o.seed, mild=o.mild)
+        for step in itertools.count(first):
+            yield batch(data, step, device=device, **options)[:2]
+    while True:
+        count = 0
+        for x, y in in_order(data, first, o) if isinstance(data, Dataset) else data:
+            if not 0 <= y.min() <= y.max() <= 1:
+                raise InputError(f"clean images must have values in [0, 1], not {y.min():.3g} to {y.max():.3g}")
+            yield x.to(device), y.to(device)
+            count += 1
+        if count == 0:
+            raise InputError("there are no more batches: pass what can be gone through again, such as a DataLoader")
+
+
+def in_order(data, first, o):
+    """Batches of a data set, each epoch in an order of its own that follows from the seed."""
+    per_epoch = max(len(data) // o.batch_size, 1)
+    for epoch in itertools.count(first // per_epoch):
+        if hasattr(data, "set_epoch"):
+            data.set_epoch(epoch)
+        g = generator(hash_seed(o.seed, epoch, 4))
+        order = [indices.tolist() for indices in torch.randperm(len(data), generator=g).split(o.batch_size)]
+        skipped = max(first - epoch * per_epoch, 0)
+        yield from DataLoader(data, batch_sampler=order[skipped:per_epoch], num_workers=o.num_workers, generator=g)
+
+
+def pick_device(name: Any = None) -> torch.device:
+    """The device named, or CUDA if there, else the CPU. Raises InputError where it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"device {str(name)!r} cannot be used here: choose cpu, or leave it out") from e
+
+
+def ranks():
+    """Which process this is, and of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def processes(device: Any = None):
+    """Join the other processes where torchrun started this one: yields (device, whether this is the first of them)."""
+    if "LOCAL_RANK" not in os.environ:
+        yield device, True
+        return
+    cuda = torch.cuda.is_available() and device != "cpu"
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield device, dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+def describe(model, label, data, o):
+    """All that a training follows from, as plain text and numbers."""
+    images = [type(data).__name__]
+    if isinstance(data, Images):
+        images = data.names()
+    elif isinstance(data, Dataset):
+        images = [f"{type(data).__name__}: {len(data)} pairs"]
+    run = dict(settings=asdict(model.settings), recipe=label, images=images, processes=ranks()[1]) | asdict(o)
+    return json.loads(json.dumps(run))
+
+
+def counts(images):
+    """Images by name, pairs by column: how many there are of each."""
+    pairs = [re.match("(.+): ([0-9]+) pairs|", name) for name in images]
+    found = Counter(name for name, pair in zip(images, pairs) if not pair[0])
+    return found + Counter({pair[1]: int(pair[2]) for pair in pairs if pair[0]})
+
+
+def compare(folder, state, run):
+    """What is new in a training that goes on, as a line. Raises InputError where it would not be the same training."""
+    was, now, changes = state["run"], run, []
+    path = repr(str(folder / "checkpoint.pt"))
+    if now["num_steps"] < state["step"]:
+        raise InputError(f"{path} has {state['step']} steps behind it: pass num_steps={state['step']} or more")
+    for name, new in (now | now["settings"]).items():
+        old = (was | was["settings"]).get(name, new)
+        if old == new or name == "settings":
+            continue
+        if name == "images" and counts(new) < counts(old):
+            changes.append(f"{(counts(old) - counts(new)).total()} images or pairs left out")
+        elif name in FREE:
+            changes.append(f"{name}={new!r} (before: {old!r})")
+        else:
+            if name == "images":
+                old, new = len(old), f"{len(new)} others"
+            advice = "repeat its arguments, or pass another folder"
+            raise InputError(f"{path} is of another training ({name}={old!r}, now {new!r}): {advice}")
+    return f"{path} goes on from step {state['step']}, with {', '.join(changes)}\n" if changes else ""
+
+
+def save_checkpoint(folder, result, log, parts, **state):
+    """Write log.csv, model.safetensors and checkpoint.pt, each whole or not at all."""
+    write_log(folder, log)
+    weights.save(result, folder / "model.safetensors")
+    state |= dict(log=log) | {name: part.state_dict() for name, part in parts.items()}
+    with atomic_write(folder / "checkpoint.pt") as temporary:
         try:
             torch.save(state, temporary)
         except RuntimeError as e:  # how torch says that the disk is full
-            raise OSError(f"{str(e).splitlines()[0]}; the one before is kept, and continues once there is room") from e
+            raise OSError(f"{str(e).splitlines()[0]}; the one before is kept, and goes on once there is room") from e
 
 
-def resume(folder, run, model, optimizer, average=None):
-    """Load checkpoint.pt, if there is one, into model and optimizer; returns (next step, log so far)."""
+def write_log(folder, log):
+    with atomic_write(folder / "log.csv") as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(name for row in log for name in row)))
+        writer.writeheader()
+        writer.writerows(log)
+
+
+def read_checkpoint(folder, model):
+    """What `save_checkpoint` wrote, or None. Raises InputError where it is damaged. No code in it is run."""
     path = folder / "checkpoint.pt"
-    with whole(folder / ".writable") as temporary:  # a folder that cannot be written is found out now, not at the end
-        temporary.touch()
-    (folder / ".writable").unlink(missing_ok=True)
     if not path.exists():
-        return 0, []
+        return None
     try:
-        with zipfile.ZipFile(path) as z:  # torch does not look at the checksums in it
-            if damaged := z.testzip():
+        with zipfile.ZipFile(path) as z:
+            if damaged := z.testzip():  # torch does not look at the checksums in it
                 raise zipfile.BadZipFile(damaged)
-        state = torch.load(path, map_location="cpu", weights_only=True)  # tensors and numbers, never code
-        old = state["run"]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state if "log" in state else upgrade(state, folder, model)
     except Exception as e:  # damaged pickles raise anything
         raise InputError(f"{str(path)!r} is not a whole checkpoint: delete it, or pass another folder") from e
-    differing = sorted(name for name in {*old, *run} if old.get(name) != run.get(name))
-    if differing:
-        name = differing[0]
-        was, now = old.get(name), run.get(name)
-        while isinstance(was, dict) and isinstance(now, dict):  # the first setting that differs
-            key = next(key for key in sorted({*was, *now}) if was.get(key) != now.get(key))
-            name, was, now = f"{name}.{key}", was.get(key), now.get(key)
-        change = f"{name}={was!r}, now {now!r}"
-        if name == "images" and isinstance(old.get(name), list):
-            change = f"its {len(old[name])} images are not the {len(run[name])} given now"
-        raise InputError(
-            f"{str(path)!r} belongs to another run ({change}): repeat its arguments, or pass another folder"
-        )
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if average:
-            average.load_state_dict(state["average"])
-        with open(folder / "log.csv", newline="") as f:
-            log = [{k: int(v) if k == "step" else float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-        log = [row for row in log if row["step"] < state["step"]]
-    except (RuntimeError, KeyError, ValueError, TypeError, OSError) as e:
-        raise InputError(f"{str(folder)!r} does not hold one whole run: checkpoint.pt and log.csv must be of the same "
-                         "one; put them back, or pass another folder") from e  # fmt: skip
-    return state["step"], log
+
+
+RENAMED = dict(setting="suite", steps="num_steps", count="batch_size", size="crop_size", peak="lr")
+RENAMED |= dict(decay="weight_decay", clip="grad_clip")
+
+
+def upgrade(state, folder, model):
+    """A checkpoint of version 0.1, which had other names and shapes and its log in log.csv alone, as one of today."""
+
+    def new(tensors):
+        return weights.modernize(tensors, str(folder / "checkpoint.pt"))
+
+    run = {RENAMED.get(name, name): value for name, value in state["run"].items()}
+    run["settings"].pop("aligned", None)
+    with open(folder / "log.csv", encoding="utf-8", newline="") as f:
+        rows = [{n: float(v) for n, v in row.items() if v} for row in csv.DictReader(f)]
+    log = [row | dict(step=int(row["step"])) for row in rows if row["step"] < state["step"]]
+    average = new({name.removeprefix("module."): t for name, t in state.get("average", {}).items()})
+    average = {name if name == "n_averaged" else f"module.{name}": t for name, t in average.items()}
+
+    # AdamW's moments: the order of the parameters was that of the names in "model"
+    buffers, optimizer = {name for name, _ in model.named_buffers()}, state["optimizer"]
+    names = [name for name in state["model"] if name not in buffers]
+    moments = {}
+    for kind in ("step", "exp_avg", "exp_avg_sq"):
+        old = {names[i]: values[kind] for i, values in optimizer["state"].items()}
+        for name, t in new({name: t for name, t in old.items() if not name.startswith("aligned.")}).items():
+            moments.setdefault(name, {})[kind] = t
+    order = [name for name, _ in model.named_parameters()]
+    optimizer["state"] = {i: moments[name] for i, name in enumerate(order) if name in moments}
+    optimizer["param_groups"][0]["params"] = [*range(len(order))]
+    return state | dict(run=run, log=log, model=new(state["model"]), average=average, optimizer=optimizer)

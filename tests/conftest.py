@@ -1,4 +1,4 @@
-"""What several tests need: tiny models, a photo, small files."""
+"""What several tests need: tiny models, a photo, a count for the summary, and a watch over files left behind."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the processor: 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sipl_min import SIPL
 
@@ -44,13 +43,16 @@ def counted(record_property):
     return lambda what, number: record_property("counted", (what, number))
 
 
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 ROOT = Path(__file__).parent.parent
 CACHES = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis", "runs"}
 
 
 def files():
-    return {p for p in ROOT.rglob("*")
-            if not CACHES & {*p.relative_to(ROOT).parts} and p.is_file()}  # fmt: skip
+    return {p for p in ROOT.rglob("*") if not CACHES & {*p.relative_to(ROOT).parts} and p.is_file()}
 
 
 def pytest_sessionstart(session):
@@ -71,16 +73,3 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("tried, and survived")
     for what, number in sorted(lines):
         terminalreporter.line(f"{number:6d}  {what}")
-
-
-class Largest(TorchDispatchMode):
-    """Remember the largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.numel())
-        return result

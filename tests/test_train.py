@@ -1,231 +1,275 @@
-"""Training: it learns, it is deterministic, it resumes bit for bit, it stops when told."""
+"""Training: it learns, goes on bit for bit, stops when told, and refuses what would be another training."""
 
+import csv
 import functools
 import multiprocessing
 import os
+import pickle
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 import torch
-from conftest import tiny
+import torch.nn.functional as F
+from conftest import rand, tiny
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sipl_min import SIPL, InputError, train
+from sipl_min.data import Images
+from sipl_min.fast import accelerate
 
 FLAT = [np.full((40, 40, 3), v, np.uint8) for v in (60, 120, 200)]
+SMALL = dict(batch_size=1, crop_size=8, save_every=2)
 
 
-def run(folder=None, steps=8, model=None, **overrides):
+def run(folder=None, num_steps=8, model=None, data=FLAT, **overrides):
     model = model or tiny()
-    options = dict(steps=steps, count=2, size=16, warmup=2, save_every=3, progress=False, setting="three_task")
-    log = train.fit(model, FLAT, folder=folder, **{**options, **overrides})
+    options = dict(batch_size=2, crop_size=16, warmup=2, save_every=3, suite="three_task", progress=False)
+    log = train.fit(model, data, folder=folder, num_steps=num_steps, **{**options, **overrides})
     return model, log
 
 
-def weights(model):
+def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_training_lowers_the_loss():
-    for recipe, fusion in (("authors", True), ("backbone", False)):
-        _, log = run(model=tiny(fusion=fusion), recipe=recipe, steps=60, peak=3e-3, setting="five_task", count=4)
-        first, last = (np.mean([r["loss"] for r in part]) for part in (log[:10], log[-10:]))
-        assert last < 0.8 * first, (recipe, first, last)
-
-
-def test_same_seed_same_weights():
-    a, b, c = run()[0], run()[0], run(seed=1)[0]
-    assert torch.equal(weights(a), weights(b)) and not torch.equal(weights(a), weights(c))
-
-
-@pytest.mark.parametrize("stop_at", [1, 4, 7])
-def test_resume_is_bit_for_bit(tmp_path, stop_at):
-    unbroken, log = run(tmp_path / "a")
-
-    def interrupt(model, x, y, count=[]):  # noqa: B006
-        count.append(0)
-        if len(count) > stop_at:
-            raise SystemExit
-        return train.authors(model, x, y)
-
-    interrupt.__name__ = "authors"
-    with pytest.raises(SystemExit):
-        run(tmp_path / "b", recipe=interrupt)
-    resumed, again = run(tmp_path / "b", model=tiny())  # at 1 nothing was saved yet: it starts anew
-    assert torch.equal(weights(unbroken), weights(resumed))
-    assert again == log
-    for name in ("model.safetensors", "log.csv"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
-def test_ctrl_c_saves_and_the_next_call_continues(tmp_path):
-    unbroken, _ = run()
-
-    def press(model, x, y, count=[]):  # noqa: B006
-        count.append(0)
-        if len(count) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return train.authors(model, x, y)
-
-    press.__name__ = "authors"
-    with pytest.raises(KeyboardInterrupt, match="after step 4, saved"):
-        run(tmp_path, recipe=press)
-    assert train.torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 5
-    assert torch.equal(weights(run(tmp_path, model=tiny())[0]), weights(unbroken))
-
-
-def test_a_finished_run_is_not_repeated(tmp_path):
-    model, log = run(tmp_path)
-    again, same = run(tmp_path, model=tiny(), recipe="authors")
-    assert torch.equal(weights(model), weights(again)) and same == log
-
-
-def test_schedule():
-    rates = [train.learning_rate(s, 100, 1e-3, 10) for s in range(100)]
-    assert rates[0] == pytest.approx(1e-4) and max(rates) == pytest.approx(1e-3) == rates[9]
-    assert rates[-1] < 1e-6 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
-
-
-def test_autocast_trains_every_weight():
-    """Casting weights inside no_grad must not hide them from the gradient of the guided pass."""
-    model = tiny()
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    run(model=model, steps=2, autocast=True, decay=0.0)
-    still = [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
-    assert not still
-
-
-def test_validation_is_logged():
-    _, log = run(validate=lambda m: dict(held=1.5), validate_every=3)
-    assert [r["step"] for r in log if "held" in r] == [2, 5, 7]
-
-
-def test_a_batch_in_parts_is_the_same_batch():
-    whole, log = run(count=4)
-    parts, again = run(count=4, accumulate=2)
-    assert torch.allclose(weights(whole), weights(parts), atol=2e-5)
-    for a, b in zip(log, again):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["psnr"] == pytest.approx(b["psnr"], rel=1e-3)
-
-
-def test_the_average_of_the_weights_is_what_comes_out(tmp_path):
-    seen = []
-    averaged, _ = run(tmp_path / "a", ema=0.9, validate=lambda m: seen.append(weights(m)) or {}, validate_every=1)
-    plain, _ = run()
-    assert torch.equal(weights(averaged), seen[-1]) and not torch.equal(weights(averaged), weights(plain))
-    expected, decay = None, 0.9
-    for step in range(1, 9):  # the weights after each step, averaged by hand
-        now = weights(run(steps=8, recipe=stopped(step))[0])
-        expected = now if expected is None else decay * expected + (1 - decay) * now
-    assert torch.allclose(weights(averaged), expected, atol=1e-6)
-    with pytest.raises(SystemExit):
-        run(tmp_path / "b", ema=0.9, recipe=stopped(5, SystemExit))
-    again, _ = run(tmp_path / "b", ema=0.9, recipe="authors")
-    assert torch.equal(weights(again), weights(averaged))
-
-
-def stopped(after, error=None):
-    """The authors' recipe, whose steps behind number `after` change nothing, or raise `error`."""
-    count = []
+def at(number, action):
+    """The authors' recipe, which does something else the given time it is called: raises it, or calls it."""
+    calls = []
 
     def authors(model, x, y):
-        count.append(0)
-        if len(count) > after and error:
-            raise error
-        y = train.authors(model, x, y)
-        if len(count) > after:
-            for p in model.parameters():  # neither gradient nor decay
-                p.requires_grad_(False)
-            return torch.zeros_like(y, requires_grad=True)
-        return y
+        calls.append(0)
+        if len(calls) == number:
+            if isinstance(action, type):
+                raise action
+            return action(train.authors(model, x, y))
+        return train.authors(model, x, y)
 
     return authors
 
 
-def share(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model, log = run(
-        f"{folder}/run", count=4, accumulate=2, ema=0.5, model=tiny(backbone="adair")
-    )  # has unused weights
-    torch.save((weights(model), log), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Folder, weights and log of a training that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    model, log = run(folder)
+    return folder, flat(model), log
 
 
-def test_two_processes_train_as_one(tmp_path):
-    torch.multiprocessing.spawn(share, (str(tmp_path),), nprocs=2)
-    one, log = run(count=4, ema=0.5, model=tiny(backbone="adair"))
-    for rank in range(2):
-        theirs, again = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.allclose(weights(one), theirs, atol=1e-4)
-        for a, b in zip(log, again):
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["gradient"] == pytest.approx(
-                b["gradient"], rel=1e-2
-            )
-    saved = SIPL.load(tmp_path / "run" / "model.safetensors")
-    assert torch.equal(weights(saved), theirs)
-    with pytest.raises(InputError, match="belongs to another run .accumulate=2, now 1"):
-        run(tmp_path / "run", count=4, ema=0.5, model=tiny(backbone="adair"))
+def press_ctrl_c(estimate):
+    signal.raise_signal(signal.SIGINT)
+    return estimate
+
+
+# --------------------------------------------------------------------------------------------------------- recipes
+def gradients(model, step, x, y):
+    model.zero_grad()
+    F.l1_loss(step(model, x, y), y).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def test_no_gradient_reaches_the_privileged_branch(model):
+    x, y = rand(2, 3, 16, 16), rand(2, 3, 16, 16, seed=1)
+
+    def constant(model, x, y):
+        return model(x, [p.detach() for p in model.privileged(model(y).detach())])
+
+    def through(model, x, y):
+        return model(x, model.privileged(model(y)))
+
+    ours, constant, through = (gradients(model, step, x, y) for step in (train.authors, constant, through))
+    assert all(torch.equal(ours[n], constant[n]) for n in ours)
+    assert any(not torch.allclose(ours[n], through[n], rtol=1e-3) for n in ours)
+
+
+def test_recipes_make_the_estimates_that_they_say(model):
+    x, y = rand(1, 3, 16, 16), rand(1, 3, 16, 16, seed=1)
+    guided = model(x, model.privileged(y))
+    for found, expected in (
+        (train.privilege(model, x, y), [model(x), guided]),
+        (train.unroll(model, x, y), model.refine(x, 1, return_all=True)),
+    ):
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    plain = tiny(fusion=False)
+    assert torch.equal(train.backbone(plain, x, y), plain(x))
+
+
+def test_a_zero_dictionary_explodes_once_and_a_random_one_does_not():
+    """With D = 0 the query is LN(0) = 0, and to make it a unit vector divides it by 1e-12."""
+
+    def norm(std):
+        torch.manual_seed(0)
+        found = gradients(SIPL("nano", dictionary_std=std), train.authors, rand(1, 3, 16, 16), rand(1, 3, 16, 16))
+        return torch.stack([g.norm() for g in found.values()]).norm()
+
+    assert norm(0.0) > 1e6 and norm(0.02) < 1e3
+
+
+@pytest.mark.parametrize("recipe, fusion", [("authors", True), ("backbone", False)])
+def test_training_lowers_the_loss(recipe, fusion):
+    _, log = run(None, 24, tiny(fusion=fusion), recipe=recipe, lr=5e-3)
+    first, last = (np.mean([row["loss"] for row in part]) for part in (log[:6], log[-6:]))
+    assert last < 0.8 * first
+
+
+def test_schedule():
+    o = train.Options(num_steps=100, lr=1e-3, warmup=10)
+    rates = [train.learning_rate(step, o) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4) and max(rates) == pytest.approx(1e-3) == rates[9]
+    assert rates[-1] < 1e-6 and all(a >= b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_bfloat16_trains_every_weight():
+    """Casting weights inside no_grad must not hide them from the gradient of the guided pass."""
+    model = tiny()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    run(None, 2, model, autocast=True, weight_decay=0.0)
+    assert not [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
+
+
+# -------------------------------------------------------------------------------------------------- stop and go on
+def test_same_seed_same_weights_and_the_model_comes_back_as_it_was():
+    a, b, c = run(None, 3)[0], run(None, 3, accelerate(tiny()))[0], run(None, 3, seed=1)[0]
+    assert torch.equal(flat(a), flat(b)) and not torch.equal(flat(a), flat(c))
+    classes = [{type(module) for module in model.modules()} for model in (a, b, tiny(), accelerate(tiny()))]
+    assert classes[:2] == classes[2:] and classes[0] != classes[1] and not a.training
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_resume_is_bit_for_bit(tmp_path, unbroken, stop_at):
+    folder, weights, log = unbroken
+    with pytest.raises(SystemExit):
+        run(tmp_path, recipe=at(stop_at, SystemExit))
+    resumed, again = run(tmp_path, recipe="authors")  # at 1 nothing was saved yet: it starts anew
+    assert torch.equal(weights, flat(resumed)) and again == log
+    for name in ("model.safetensors", "log.csv"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    with open(tmp_path / "log.csv", encoding="utf-8", newline="") as f:
+        assert [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)] == log
+
+
+def test_whatever_validation_does_to_its_model_training_goes_on_the_same(tmp_path, unbroken):
+    def spoil(model):
+        assert not model.training
+        accelerate(model, fast=False)
+        torch.rand(3)
+        model.requires_grad_(False)
+        return dict(held=model.refine(rand(1, 3, 8, 8)).mean().numpy())
+
+    with pytest.raises(SystemExit):
+        run(tmp_path, recipe=at(7, SystemExit), validate=spoil, validate_every=3)
+    model, log = run(tmp_path, recipe="authors", validate=spoil, validate_every=3)
+    assert [row["step"] for row in log if "held" in row] == [2, 5, 7]
+    assert torch.equal(flat(model), unbroken[1])
+
+
+def test_ctrl_c_saves_weights_that_load_and_the_next_call_goes_on(tmp_path, unbroken):
+    with pytest.raises(KeyboardInterrupt, match="after step 4, saved"):
+        run(tmp_path, recipe=at(5, press_ctrl_c))
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 5
+    interrupted = SIPL.load(tmp_path / "model.safetensors")
+    assert interrupted.about["num_steps"] == 5
+    assert torch.equal(flat(interrupted), flat(SIPL.load(tmp_path / "checkpoint.pt")))
+    resumed, _ = run(tmp_path, recipe="authors")
+    assert torch.equal(flat(resumed), unbroken[1]) and not torch.equal(flat(resumed), flat(interrupted))
+    assert resumed.about == dict(recipe="authors", suite="three_task", num_steps=8, images=3)
+    assert SIPL.load(tmp_path / "model.safetensors").about == resumed.about
+
+
+def test_a_finished_training_is_not_repeated_and_goes_on_without_its_arguments(tmp_path):
+    recipe = functools.partial(train.authors)  # has no name
+    model, log = run(tmp_path, 3, lr=np.float64(2e-3), seed=np.int64(3), recipe=recipe)
+    again, same = run(tmp_path, 3, lr=2e-3, seed=3, recipe=recipe)
+    assert torch.equal(flat(model), flat(again)) and same == log
+    again = tiny()
+    train.fit(again, FLAT, folder=tmp_path, recipe=recipe, progress=False)  # options not given are as they were
+    assert torch.equal(flat(model), flat(again))
+    train.fit(again, FLAT, folder=tmp_path, recipe=recipe, progress=False, num_steps=5)
+    assert again.about["num_steps"] == 5  # not 3 + 5
+    assert len(train.fit(tiny(), FLAT, folder=tmp_path, recipe=recipe, progress=False)) == 5
+
+
+def quick_start():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sipl_min.train", "conftest"])
+    return context
 
 
 def life(folder):
     torch.set_num_threads(1)
-    run(folder, steps=STEPS, count=1, size=8, save_every=2)
+    run(folder, STEPS, **SMALL)
 
 
-STEPS = 200
+STEPS, KILLS = 40, 8
 
 
 def test_killed_at_random_moments_it_ends_the_same(tmp_path, counted):
-    """kill -9, at least thirty times in a row, at any moment, also while a checkpoint is written."""
-    context, rng, kills = multiprocessing.get_context("forkserver"), np.random.default_rng(0), 0
-    context.set_forkserver_preload(["sipl_min.train", "conftest"])
-    while kills < 30:
+    """kill -9, many times in a row, at any moment, also while a checkpoint is written."""
+    context, rng, kills = quick_start(), np.random.default_rng(0), 0
+    while kills < KILLS:
         process = context.Process(target=life, args=(tmp_path / "b",))
         process.start()
         deadline = time.monotonic() + 60
-        while not (tmp_path / "b" / "log.csv").exists() and process.is_alive() and time.monotonic() < deadline:
+        while not (tmp_path / "b" / "checkpoint.pt").exists() and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)  # the first life gets far enough to have something to lose
-        process.join(rng.uniform(0.1, 0.6))
+        process.join(rng.uniform(0.05, 0.3))
         if process.exitcode is not None:
             assert process.exitcode == 0
             break
         process.kill()
         process.join()
         kills += 1
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the lives before
-    resumed, again = run(tmp_path / "b", steps=STEPS, count=1, size=8, save_every=2)
-    unbroken, log = run(steps=STEPS, count=1, size=8)
-    torch.set_num_threads(threads)
-    assert torch.equal(weights(unbroken), weights(resumed)) and again == log
-    assert kills >= 30
+    resumed, again = run(tmp_path / "b", STEPS, **SMALL)
+    unbroken, log = run(None, STEPS, **SMALL)
+    assert torch.equal(flat(unbroken), flat(resumed)) and again == log
+    assert kills >= 5
     counted("training killed by kill -9, resumed, the same weights in the end", kills)
 
 
-def test_a_loss_that_is_not_finite_names_the_step(tmp_path):
-    def broken(model, x, y, count=[]):  # noqa: B006
-        count.append(0)
-        return train.authors(model, x, y) * (torch.nan if len(count) == 5 else 1)
+def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, counted):
+    resource = pytest.importorskip("resource")
+    whole, log = run(tmp_path / "whole", 12, **SMALL)
+    size = (tmp_path / "whole" / "checkpoint.pt").stat().st_size
+    weights = (tmp_path / "whole" / "model.safetensors").stat().st_size
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    rooms = [0, weights // 2, size - 1000]
+    for stop, room in enumerate(rooms):
+        with pytest.raises(KeyboardInterrupt):  # some steps with room enough
+            run(tmp_path / "b", 12, recipe=at(3, press_ctrl_c), **SMALL)
+        before = (tmp_path / "b" / "checkpoint.pt").read_bytes()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))  # no file may grow larger
+            with pytest.raises(InputError, match="cannot write") as e:
+                run(tmp_path / "b", 12, recipe="authors", **SMALL)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "\n" not in str(e.value) and (tmp_path / "b" / "checkpoint.pt").read_bytes() == before
+        assert not [p for p in (tmp_path / "b").iterdir() if p.name.startswith(".")]
+    signal.signal(signal.SIGXFSZ, handler)
+    resumed, again = run(tmp_path / "b", 12, recipe="authors", **SMALL)
+    assert torch.equal(flat(whole), flat(resumed)) and again == log
+    counted("disk full while a training saves: what was saved stays, the end is the same", len(rooms))
 
-    broken.__name__ = "authors"
-    with pytest.raises(FloatingPointError, match="the loss is not finite at step 4 .*failed.pt"):
-        run(tmp_path, recipe=broken)
+
+# ------------------------------------------------------------------------------------------------------ not finite
+def test_a_loss_that_is_not_finite_names_the_step_and_a_lower_rate_goes_on(tmp_path, unbroken, capsys):
+    with pytest.raises(FloatingPointError, match="the loss is not finite at step 4: lower lr=0.001 .* and call again"):
+        run(tmp_path, recipe=at(5, lambda estimate: estimate * torch.nan))
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3  # the last good one, untouched
-    assert torch.load(tmp_path / "failed.pt", weights_only=True)["step"] == 4
-    os.replace(tmp_path / "failed.pt", tmp_path / "checkpoint.pt")  # as the message says: it repeats the step
-    seen = []
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["checkpoint.pt", "log.csv", "model.safetensors"]
+    model, log = run(tmp_path, recipe="authors", lr=1e-4)
+    assert "goes on from step 3, with lr=0.0001 (before: 0.001)" in capsys.readouterr().out
+    assert len(log) == 8 and log[:4] == unbroken[2][:4] and not torch.equal(flat(model), unbroken[1])
 
-    def watch(model, x, y):
-        seen.append(weights(model))
-        return train.authors(model, x, y) * torch.nan
 
-    watch.__name__ = "authors"
-    with pytest.raises(FloatingPointError, match="at step 4"):
-        run(tmp_path, recipe=watch)
-    assert len(seen) == 1 and seen[0].isfinite().all()
+def test_where_the_checkpoint_is_at_that_step_another_folder_is_advised(tmp_path):
+    with pytest.raises(FloatingPointError, match="not finite at step 3: .*, and begin in another folder"):
+        run(tmp_path, recipe=at(4, lambda estimate: estimate * torch.nan))
+    assert SIPL.load(tmp_path / "model.safetensors").about["num_steps"] == 3
 
 
 def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path):
@@ -234,87 +278,284 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path):
 
     model = tiny()
     with pytest.raises(FloatingPointError, match="the gradient is not finite at step 0"):
-        train.fit(model, FLAT, recipe=broken, folder=tmp_path, steps=8, count=2, size=16, progress=False)
-    assert weights(model).isfinite().all() and not (tmp_path / "checkpoint.pt").exists()
+        run(tmp_path, model=model, recipe=broken)
+    assert flat(model).isfinite().all() and not (tmp_path / "checkpoint.pt").exists()
 
 
+# ------------------------------------------------------------------------------- parts, averages, several processes
+def test_a_batch_in_parts_is_the_same_batch():
+    whole, log = run(None, 4, batch_size=5)
+    parts, again = run(None, 4, batch_size=5, accumulate=2)  # of 3 and of 2
+    assert torch.allclose(flat(whole), flat(parts), atol=2e-5)
+    for a, b in zip(log, again):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["psnr"] == pytest.approx(b["psnr"], rel=1e-3)
+
+
+def test_the_average_of_the_weights_is_what_comes_out(tmp_path):
+    seen, expected = [], None
+
+    def watch(model, x, y):
+        seen.append(flat(model))
+        return train.authors(model, x, y)
+
+    last, _ = run(recipe=watch)
+    for now in (*seen[1:], flat(last)):  # the weights after each step, averaged by hand
+        expected = now if expected is None else 0.9 * expected + 0.1 * now
+    validated = []
+    options = dict(ema=0.9, validate=lambda m: validated.append(flat(m)) or {}, validate_every=1)
+    averaged, _ = run(tmp_path / "a", **options)
+    assert torch.allclose(flat(averaged), expected, atol=1e-6) and torch.equal(flat(averaged), validated[-1])
+    assert torch.equal(flat(SIPL.load(tmp_path / "a" / "model.safetensors")), flat(averaged))
+    with pytest.raises(SystemExit):
+        run(tmp_path / "b", ema=0.9, recipe=at(6, SystemExit))
+    assert torch.equal(flat(SIPL.load(tmp_path / "b" / "model.safetensors")), validated[2])  # at each checkpoint
+    assert torch.equal(flat(run(tmp_path / "b", ema=0.9, recipe="authors")[0]), flat(averaged))
+
+
+def share(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = tiny(backbone="adair")  # has weights that get no gradient
+    _, log = run(f"{folder}/run", 4, model, batch_size=4, accumulate=2, ema=0.5)
+    torch.save((flat(model), log), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one_and_one_goes_on(tmp_path, capsys):
+    lives = [quick_start().Process(target=share, args=(rank, str(tmp_path))) for rank in range(2)]
+    for life in lives:
+        life.start()
+    options = dict(batch_size=4, ema=0.5)
+    one, log = run(None, 4, tiny(backbone="adair"), **options)
+    for life in lives:
+        life.join()
+    for rank in range(2):
+        theirs, again = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.allclose(flat(one), theirs, atol=1e-4)
+        for a, b in zip(log, again, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+            assert a["gradient"] == pytest.approx(b["gradient"], rel=1e-2)
+    assert torch.equal(flat(SIPL.load(tmp_path / "run" / "model.safetensors")), theirs)
+    longer, _ = run(tmp_path / "run", 5, tiny(backbone="adair"), accumulate=1, save_every=5, **options)
+    told = capsys.readouterr().out
+    for change in ("processes=1 (before: 2)", "accumulate=1 (before: 2)", "num_steps=5 (before: 4)", "save_every=5"):
+        assert change in told
+    assert longer.about["num_steps"] == 5
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+class Noisy(Dataset):
+    """Pairs that draw from PyTorch's global generator, as many data sets do."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        y = torch.full((3, 8, 8), i / 5)
+        return (y + 0.1 * torch.randn(y.shape)), y
+
+
+def test_a_data_set_goes_on_at_the_right_batch(tmp_path):
+    seen = []
+
+    def watch(model, x, y):
+        seen.append(sorted((5 * y[:, 0, 0, 0]).round().int().tolist()))
+        return train.authors(model, x, y)
+
+    watch.__name__ = "authors"
+    unbroken, _ = run(data=Noisy(), recipe=watch)
+    assert len({*map(tuple, seen)}) > 2 and all(not {*a} & {*b} for a, b in zip(seen[::2], seen[1::2]))  # two an epoch
+    with pytest.raises(SystemExit):
+        run(tmp_path, data=Noisy(), recipe=at(6, SystemExit))
+    resumed, _ = run(tmp_path, data=Noisy(), recipe="authors")
+    assert torch.equal(flat(unbroken), flat(resumed))
+    assert resumed.about["images"] == 5 and "suite" not in resumed.about
+
+
+def test_our_data_sets_with_workers_train_as_without(tmp_path):
+    from sipl_min.data import Degraded
+
+    alone, workers = (run(None, 4, data=Degraded(FLAT, "cdd11", 16), num_workers=n)[0] for n in (0, 2))
+    assert torch.equal(flat(alone), flat(workers))
+
+
+def test_any_iterable_of_batches():
+    y = torch.rand(6, 3, 16, 16)
+    loader = DataLoader(TensorDataset(y, y), batch_size=4)  # the last batch of an epoch is smaller
+    assert len(run(data=loader)[1]) == 8
+    with pytest.raises(InputError, match="there are no more batches: pass what can be gone through again"):
+        run(data=((y, y) for _ in range(3)))
+    with pytest.raises(InputError, match=r"clean images must have values in \[0, 1\], not 0.* to 25"):
+        run(data=DataLoader(TensorDataset(y, 255 * y), batch_size=4))
+
+
+def test_bad_folders_of_photos_are_named_before_anything_is_written(tmp_path):
+    for make, message in (
+        (lambda folder: None, "no folder"),
+        (lambda folder: folder.mkdir(), "no photos"),
+        (lambda folder: (folder / "a.png").write_text("no image", encoding="utf-8"), "a.png"),
+    ):
+        make(tmp_path / "photos")
+        with pytest.raises(InputError, match=message):
+            train.fit(tiny(), tmp_path / "photos", folder=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(setting="fog"), "unknown setting 'fog'"),
-        (dict(recipe="magic"), "unknown recipe 'magic'"),
-        (dict(recipe="backbone"), "needs a model with fusion=False"),
-        (dict(steps=0), "steps=0 must be a positive"),
-        (dict(size=20), "size=20 must be a positive whole number, a multiple of 8"),
-        (dict(count=1.5), "count=1.5"),
-        (dict(save_every=0), "save_every=0 must be a positive whole number"),
-        (dict(accumulate=0), "accumulate=0 must be a positive whole number"),
-        (dict(accumulate=2, count=3), "count=3 must be a multiple of 1 processes times accumulate=2"),
-        (dict(mild=1.1), "mild=1.1 must be between 0 and 1"),
-        (dict(ema=1.0), "ema=1.0 must be at least 0 and below 1"),
-        (dict(save_minutes=0), "save_minutes=0 must be a positive number"),
-        (dict(seed=-1), "seed=-1 must be a whole number >= 0"),
-        (dict(peak=-1.0), "peak=-1.0 must be a positive number"),
-        (dict(peak=float("nan")), "peak=nan must be a positive number"),
+        (dict(suite="fog"), "unknown suite 'fog'"),
+        (dict(recipe="authros"), "unknown recipe 'authros': did you mean 'authors'"),
+        (dict(recipe="backbone"), "recipe 'backbone' needs a model without Proxy Fusion: make it with fusion=False"),
+        (dict(recipe="unroll", model=tiny(fusion=False)), "recipe 'unroll' needs Proxy Fusion: .* or pass 'backbone'"),
+        (dict(num_steps=0), "num_steps=0 must be a positive"),
+        (dict(save_every=0), "save_every=0 must be a positive"),
+        (dict(lr=float("nan")), "lr=nan must be a positive"),
+        (dict(mild=1.1), "mild=1.1 in"),
+        (dict(ema=1.0), "ema=1.0 must be in"),
+        (dict(device="tpu"), "device 'tpu' cannot be used here"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         run(**options)
 
 
-def test_bad_folders_of_photos(tmp_path):
-    with pytest.raises(InputError, match="no folder"):
-        train.fit(tiny(), tmp_path / "nowhere")
-    with pytest.raises(InputError, match="no photos"):
-        train.fit(tiny(), tmp_path)
-    (tmp_path / "a.png").write_text("no image")
-    with pytest.raises(InputError, match="cannot read '.*a.png'"):
-        train.fit(tiny(), tmp_path)
-    (tmp_path / "a.png").unlink()
-    tifffile.imwrite(tmp_path / "bright.tif", np.full((9, 9, 3), 7, np.float32), photometric="rgb")
-    with pytest.raises(InputError, match="bright.tif' cannot be used: a float photo must hold values"):
-        train.fit(tiny(), tmp_path)
-    with pytest.raises(InputError, match="no images given"):
-        train.fit(tiny(), [])
-
-
 def test_a_folder_that_cannot_be_written_is_found_out_at_once(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     with pytest.raises(InputError, match="cannot write"):
         run(tmp_path / "file", recipe=lambda *_: pytest.fail("training began"))
 
 
-def test_a_run_reads_its_own_checkpoint_whatever_its_arguments_are(tmp_path):
-    recipe = functools.partial(train.authors)
-    first, log = run(tmp_path, recipe=recipe, peak=np.float64(1e-3))
-    again, same = run(tmp_path, model=tiny(), recipe=recipe, peak=1e-3)
-    assert torch.equal(weights(first), weights(again)) and same == log
+# ------------------------------------------------------------------------------------------- checkpoints of others
+def test_a_checkpoint_of_another_training_is_refused_and_the_advice_works(tmp_path, unbroken):
+    shutil.copytree(unbroken[0], tmp_path, dirs_exist_ok=True)
+    brighter = [image + 1 for image in FLAT]
+    for change, message in (
+        (dict(seed=3), r"is of another training \(seed=0, now 3\): repeat its arguments, or pass another folder"),
+        (dict(suite="five_task"), r"\(suite='three_task', now 'five_task'\)"),
+        (dict(model=tiny(dictionary_size=(5, 4, 2))), r"\(dictionary_size=\[6, 4, 2\], now \[5, 4, 2\]\)"),
+        (dict(data=brighter), r"\(images=3, now '3 others'\)"),
+        (dict(num_steps=7), "has 8 steps behind it: pass num_steps=8 or more"),
+    ):
+        with pytest.raises(InputError, match=message) as e:
+            run(tmp_path, **change)
+        assert len(str(e.value).replace(str(tmp_path), "")) < 200
+    assert run(tmp_path)[1] == unbroken[2]
+    run(tmp_path / "another", 1, seed=3)
 
 
-def test_a_log_of_another_run_is_noticed(tmp_path):
-    run(tmp_path)
-    good = (tmp_path / "log.csv").read_text()
-    for text in ("rubbish\n1\n", good.replace("0.", "x."), None):
-        (tmp_path / "log.csv").unlink()
-        if text:
-            (tmp_path / "log.csv").write_text(text)
-        with pytest.raises(InputError, match="does not hold one whole run"):
-            run(tmp_path)
-        (tmp_path / "log.csv").write_text(good)
+def test_images_left_out_are_told_and_others_refused(tmp_path, capsys):
+    def images(number, clean=FLAT):
+        found = Images(clean)
+        name = found.names
+        found.names = lambda: [*name(), f"rain: {number} pairs, crc {number}"]
+        return found
+
+    run(tmp_path, 1, data=images(9))
+    run(tmp_path, 1, data=images(7))
+    assert "2 images or pairs left out" in capsys.readouterr().out
+    run(tmp_path, 1, data=images(7, FLAT[1:]))
+    assert "1 images or pairs left out" in capsys.readouterr().out
+    with pytest.raises(InputError, match="is of another training .images"):
+        run(tmp_path, 1, data=images(8, FLAT[1:]))
 
 
-def test_bad_checkpoints(tmp_path):
-    run(tmp_path)
-    with pytest.raises(InputError, match="belongs to another run .seed=0, now 3"):
-        run(tmp_path, seed=3)
-    with pytest.raises(InputError, match="belongs to another run .its 3 images are not the 3 given now"):
-        train.fit(tiny(), [image + 1 for image in FLAT], folder=tmp_path, steps=8, count=2, size=16, warmup=2,
-                  setting="three_task", progress=False)  # fmt: skip
-    path = tmp_path / "checkpoint.pt"
-    whole = path.read_bytes()
-    for content in (b"", whole[:100], whole[: len(whole) // 2], b"cos\nsystem\n(S'false'\ntR."):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="is not a whole checkpoint"):
-            run(tmp_path)
-        assert path.read_bytes() == content
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_a_damaged_checkpoint_gets_one_sentence_and_runs_no_code(tmp_path, monkeypatch, counted):
+    monkeypatch.chdir(tmp_path)
+    model, _ = run("run", 1)
+    path = Path("run/checkpoint.pt")
+    content, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    torch.save(Evil(), "evil.pt")
+    cases = [Path("evil.pt").read_bytes(), pickle.dumps(Evil()), b"", b"cos\nsystem\n(S'false'\ntR."]
+    cases += [content[:n] for n in (1, 100, len(content) - 1, *rng.integers(0, len(content), 12))]
+    for bit in rng.integers(0, 8 * len(content), 20):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << (bit % 8)
+        cases.append(bytes(flipped))
+    for case in cases:
+        path.write_bytes(case)
+        try:
+            again, _ = run("run", 1)  # finished: it only loads
+        except InputError as e:
+            assert "delete it, or pass another folder" in str(e) and "\n" not in str(e)
+            assert path.read_bytes() == case
+            refused += 1
+        else:  # a bit that means nothing
+            assert torch.equal(flat(model), flat(again))
+    assert refused > 0.8 * len(cases) and not Path("evil").exists()
+    path.unlink()  # as advised
+    assert torch.equal(flat(run("run", 1)[0]), flat(model))
+    counted("faults in training checkpoints: refused, or the right weights", len(cases))
+
+
+def as_version_0_1(folder):
+    """Write the checkpoint in `folder` anew as version 0.1 had it."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    names = dict(suite="setting", num_steps="steps", batch_size="count", crop_size="size", lr="peak")
+    names |= dict(weight_decay="decay", grad_clip="clip")
+    known = {*names, "settings", "recipe", "images", "processes", "warmup", "seed", "accumulate", "ema"}
+    run = {names.get(name, name): value for name, value in state["run"].items() if name in known}
+    run["settings"]["aligned"] = True
+    moments = dict(zip(state["model"], state["optimizer"]["state"].values(), strict=True))
+
+    def old(name, t):
+        return t[None] if name.endswith("maps") else t
+
+    aligned = {f"aligned.{i}.weight": torch.rand(16 << i, 16 << i, 1, 1) for i in range(3)}
+    steps = dict(step=torch.tensor(5.0))
+    moments = {n: {kind: old(n, t) for kind, t in moment.items()} for n, moment in moments.items()}
+    first = {n: steps | dict(exp_avg=t, exp_avg_sq=t) for n, t in aligned.items()}
+    model = aligned | {n: old(n, t) for n, t in state["model"].items()}  # its parameters came first
+    average = {n: old(n, t) for n, t in state["average"].items()} | {f"module.{n}": t for n, t in aligned.items()}
+    group = state["optimizer"]["param_groups"][0] | dict(params=[*range(len(model))])
+    optimizer = dict(state={i: (first | moments)[n] for i, n in enumerate(model)}, param_groups=[group])
+    state = dict(run=run, step=state["step"], model=model, optimizer=optimizer, average=average)
+    torch.save(state, folder / "checkpoint.pt")
+
+
+def test_a_checkpoint_of_version_0_1_goes_on_bit_for_bit(tmp_path):
+    unbroken, log = run(ema=0.9)
+    with pytest.raises(SystemExit):
+        run(tmp_path, ema=0.9, recipe=at(7, SystemExit))
+    as_version_0_1(tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.warns(UserWarning, match="aligned"), pytest.raises(InputError, match=r"\(dim=8, now 4\): repeat"):
+        run(tmp_path, ema=0.9, recipe="authors", model=tiny(dim=4))
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    with pytest.warns(UserWarning, match="aligned"):
+        resumed, again = run(tmp_path, ema=0.9, recipe="authors")
+    assert torch.equal(flat(unbroken), flat(resumed)) and again == log
+    run(tmp_path, ema=0.9)  # it is as one of today now
+
+
+# ----------------------------------------------------------------------------------------------------- fine-tuning
+def test_trained_weights_keep_their_recipe_and_suite_and_are_treated_gently(tmp_path):
+    first, _ = run(tmp_path / "a", 4, tiny(identity_start=True), recipe="unroll", command="train a")
+    assert train.finetune_options(tiny()) == {}
+    loaded = SIPL.load(tmp_path / "a" / "model.safetensors")
+    assert loaded.about == dict(recipe="unroll", suite="three_task", num_steps=4, images=3, command="train a")
+    train.fit(loaded, FLAT, folder=tmp_path / "b", num_steps=3, batch_size=1, progress=False)
+    did = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["run"]
+    assert did["recipe"] == "unroll" and did["suite"] == "three_task" and did["lr"] <= 2e-4 and did["ema"] > 0.9
+    assert loaded.about["num_steps"] == 7
+    backbone, _ = run(None, 1, tiny(fusion=False))
+    assert train.finetune_options(backbone)["recipe"] == "backbone"
+    assert train.finetune_options(tiny(), start="published weights")["lr"] <= 2e-4
+
+
+def test_torchrun_is_joined_and_left(monkeypatch):
+    with train.processes("cpu") as (device, first):
+        assert (device, first, train.ranks()) == ("cpu", True, (0, 1))
+    place = dict(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with train.processes("cpu") as (device, first):
+        assert (device, first) == ("cpu", True) and torch.distributed.is_initialized()
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,367 @@
+"""How good a network is: pairs of images in, rows of PSNR and SSIM out, and tables.
+
+Three makers of pairs: `embedded` (held-out photos, synthetic degradations), `real` (public data sets, the published
+protocol) and `keep` (photos that are hardly damaged or not at all, which a network should leave alone).
+Images are tensors (1, 3, H, W) in [0, 1]; estimates are clamped to that range before they are measured.
+"""
+
+import csv
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from tqdm import tqdm
+
+from . import datasets
+from .data import hash_seed, held_out, installed, load
+from .degrade import COLUMNS, check_suite, degrade, generator, jpeg, noise
+from .fast import FAST, accelerate
+from .files import InputError, asset
+from .photos import read, to_tensor
+from .weights import default_steps
+
+
+def psnr(y: torch.Tensor, clean: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB; at most 100, which stands for equal images."""
+    with np.errstate(divide="ignore"):  # equal images: infinite
+        return min(float(peak_signal_noise_ratio(array(clean), array(y), data_range=1)), 100.0)
+
+
+def ssim(y: torch.Tensor, clean: torch.Tensor) -> float:
+    """Structural similarity: uniform 7 x 7 window, mean over the three colors, as in the published protocol."""
+    return float(structural_similarity(array(clean), array(y), data_range=1, channel_axis=2))
+
+
+def array(image):  # (1, 3, H, W), any dtype and device -> float32 (H, W, 3) in [0, 1]
+    return image[0].detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------- makers of pairs
+@dataclass
+class Cases:
+    """`count` test cases, made one by one and anew for each loop: (where it comes from, degraded x, clean y).
+
+    The first is a dict: source ("embedded" or "real"), suite, column, photo and draw, the seed of the degradation.
+    notes: sentences on what a full benchmark has, and these cases have not.
+    """
+
+    count: int
+    make: Callable[[], Iterator[tuple[dict, torch.Tensor, torch.Tensor]]]
+    notes: list = ()
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return self.make()
+
+
+def origin(source, suite, column, photo, draw=0):
+    return dict(source=source, suite=suite, column=column, photo=photo, draw=draw)
+
+
+def center(photo, size=None, multiple=16):
+    """The middle of a photo (H, W, C): sides cut to multiples of 16 as published, and to at most `size` pixels."""
+    h, w = (min(n // multiple * multiple, size or n) for n in photo.shape[:2])
+    if not h or not w:
+        raise InputError(f"a test photo needs {multiple} pixels a side, not {photo.shape[:2]}: leave it out")
+    top, left = (photo.shape[0] - h) // 2, (photo.shape[1] - w) // 2
+    return photo[top : top + h, left : left + w]
+
+
+def pair(photo, suite, column, seed=0, device="cpu"):
+    """A photo (H, W, 3) -> degraded x and clean y, (1, 3, H, W): the same for every model and device.
+
+    Strength, place and noise of the degradation follow from seed, column and the photo's own content.
+    """
+    y = to_tensor(photo)
+    number = list(COLUMNS[suite]).index(column)
+    g = generator(hash_seed(seed, number, zlib.crc32(np.ascontiguousarray(photo).tobytes())))
+    return degrade(y, g, suite, [column]).to(device), y.to(device)
+
+
+def embedded(suite, size=256, seed=0, draws=1, photos=None):
+    """Synthetic degradations of photos that scikit-image and Matplotlib bring along, and that are never trained on.
+
+    size: of their middle, in pixels. draws: how often each is degraded, with the seeds seed, seed + 1, ...
+    photos: others instead, name -> array (H, W, 3).
+    """
+    check_suite(suite)
+    photos = held_out() if photos is None else photos
+    photos = {name: center(photo, size) for name, photo in photos.items()}
+
+    def make():
+        for column in COLUMNS[suite]:
+            for name, photo in photos.items():
+                for draw in range(seed, seed + draws):
+                    yield origin("embedded", suite, column, name, draw), *pair(photo, suite, column, draw)
+
+    return Cases(len(COLUMNS[suite]) * len(photos) * draws, make)
+
+
+def real(suite, root):
+    """The test sets of a suite that `datasets.find` finds below the folder `root`, by the published protocol."""
+    check_suite(suite)
+    tests = [found for found in datasets.find(root) if found.what.role == "test"]
+    files, notes = {}, []
+    for column in COLUMNS[suite]:
+        found = next((f for f in tests if column in f.what.columns), None)
+        files[column] = found.of(column) if found else []
+        if found is None:
+            notes.append(f"{column}: no data set for it below {str(root)!r}; python -m sipl_min data says what fits")
+            continue
+        parts = len(found.what.columns) if column in found.pairs else 1  # CDD-11 has as many images of each column
+        count, right = len(files[column]), found.what.count // parts
+        if count != right:
+            notes.append(f"{column}: {count} images instead of {right}, so not the published test set")
+
+    def make():
+        for column, paths in files.items():
+            stream = np.random.RandomState(0)  # one for the noise of all photos of a column, in their order
+            for x, y in paths:
+                name = (x or y).relative_to(root).as_posix()
+                yield origin("real", suite, column, name), *published_pair(x, y, column, stream)
+
+    return Cases(sum(map(len, files.values())), make, notes)
+
+
+def published_pair(x, y, column, stream):
+    """Files -> degraded and clean, cut to multiples of 16. Without a file x, noise is added and truncated to uint8."""
+    clean = center(load(y).permute(1, 2, 0)).permute(2, 0, 1)[None]
+    if x is None:
+        pixels = (array(clean) * 255).round()
+        pixels = pixels + int(column.split("_")[1]) * stream.standard_normal(pixels.shape)
+        return to_tensor(pixels.clip(0, 255).astype(np.uint8)), clean
+    degraded = center(load(x).permute(1, 2, 0)).permute(2, 0, 1)[None]
+    if degraded.shape != clean.shape:
+        raise InputError(f"{str(x)!r} and {str(y)!r} differ in size: check the copy with python -m sipl_min data")
+    return degraded, clean
+
+
+def same(x, g):
+    return x
+
+
+KEEP = {  # column -> degradation
+    "clean": same,
+    "dark": same,
+    "noise5": partial(noise, sigma=5.0),
+    "jpeg60": partial(jpeg, quality=60),
+    "jpeg90": partial(jpeg, quality=90),
+    "flat": same,
+}
+GOOD = ("ihc.png", "retina.jpg", "moon.png", "page.png")  # of scikit-image; nothing is trained on them
+DARK = ("hubble_deep_field.jpg", "rocket.jpg")  # dark by nature; the rocket is a training photo, too
+FLAT = {f"gray {v}": (v, v, v) for v in (0, 64, 128, 192, 255)} | {"orange": (210, 120, 40)}
+
+
+def keep(photos=None, size=256):
+    """Photos that a network should leave alone: good and nearly good ones, dark scenes, constant images.
+
+    photos: instead of the embedded good ones, name -> array (H, W, C). size: of their middle, in pixels.
+    """
+    if photos is None:
+        photos = held_out() | {Path(name).stem: read(installed(name)) for name in GOOD}
+    dark = {Path(name).stem: read(installed(name)) for name in DARK}
+    flat = {name: np.full((size // 2, size // 2, 3), color, np.uint8) for name, color in FLAT.items()}
+    groups = {column: photos for column in KEEP} | dict(dark=dark, flat=flat)
+
+    def make():
+        for column, group in groups.items():
+            for name, photo in group.items():
+                y = to_tensor(center(np.atleast_3d(photo), size))
+                yield origin("embedded", "keep", column, name), KEEP[column](y, generator(0)), y
+
+    return Cases(sum(map(len, groups.values())), make)
+
+
+# --------------------------------------------------------------------------------------------------- measuring
+class Rows:
+    """Rows in memory and in a CSV file that only grows: what is in it need not be measured again.
+
+        rows = Rows("a.csv", keys=["photo"], values=["psnr"], steps=1)
+        row = rows.find(photo="chelsea") or rows.add(photo="chelsea", psnr=31.2)
+
+    path: of the file, or None for memory alone. keys, values: its columns, numbers or text; the keys tell rows apart.
+    about: what all rows must have in common, kept in a column "run". A line that was cut short counts as none.
+    Raises InputError where the file holds something else or another run, and where it cannot be written.
+    """
+
+    def __init__(self, path, keys, values, **about):
+        self.path, self.keys, self.columns = path and Path(path), keys, [*keys, *values, "run"]
+        self.run = " ".join(f"{name}={value}" for name, value in about.items())
+        self.done = {}  # keys -> row
+        if path:
+            self.resume()
+
+    def resume(self):
+        if self.path.suffix != ".csv":
+            raise InputError(f"cannot write a table to {str(self.path)!r}: pass the name of a file that ends in .csv")
+        self.write("")  # fail early
+        text = self.path.read_bytes().decode("utf-8", "surrogateescape")
+        if not text:
+            return self.write(self.line(self.columns))
+        whole = text[: text.rfind("\n") + 1]
+        if not whole.startswith(self.line(self.columns)):
+            raise InputError(f"{str(self.path)!r} is a table of another kind: delete it or pass another file")
+        for row in csv.DictReader(io.StringIO(whole, newline=""), quoting=csv.QUOTE_NONNUMERIC):
+            run = row.pop("run")
+            if run != self.run:
+                raise InputError(f"{str(self.path)!r} was begun with {run}, not {self.run}: pass another file")
+            self.done[self.key(row)] = {name: value for name, value in row.items() if value != ""}
+        self.write("", cut=len(whole.encode("utf-8", "surrogateescape")))
+
+    def find(self, **row):
+        return self.done.get(self.key(row))
+
+    def add(self, **row):
+        """Keep a row, without values that are None, unless one with its keys is there; return what is kept."""
+        if self.key(row) not in self.done:
+            self.done[self.key(row)] = {name: value for name, value in row.items() if value is not None}
+            self.write(self.line([row.get(name) for name in self.columns[:-1]] + [self.run]))
+        return self.done[self.key(row)]
+
+    def key(self, row):
+        return tuple(row[name] for name in self.keys)
+
+    def line(self, cells):
+        text = io.StringIO()
+        csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerow(cells)
+        return text.getvalue()
+
+    def write(self, text, cut=None):  # to the end of the file, or behind its first `cut` bytes
+        if self.path:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "ab") as f:
+                    f.truncate(cut)
+                    f.write(text.encode("utf-8", "surrogateescape"))
+            except OSError as e:
+                raise InputError(f"cannot write {str(self.path)!r}: {e.strerror or e}") from e
+
+
+KEYS = ["source", "suite", "column", "photo", "draw", "checksum", "estimate"]
+VALUES = ["psnr", "ssim", "step"]
+
+
+def measure(model, cases, steps=None, against=None, output=None, progress=True, **columns):
+    """Measure "input", "y0", ..., "yT", and the first pass of a second model `against`, named "backbone".
+
+    Args:
+        cases: from a maker above, or a list like it. steps: T; None takes what suits the weights.
+        output: a CSV file, to which each row is added once it is measured; the same call skips what is there. Or
+            `Rows`, whose further columns have the values `columns`.
+    Returns a dict for each case and estimate, with KEYS, psnr, ssim, and of constant images `step`: the largest
+        distance of a value from its color's median, in levels of 255.
+    """
+    steps = default_steps(model) if steps is None else steps
+    models, measured = [model] if against is None else [model, against], []
+    if not isinstance(output, Rows):
+        weights = [f"{checksum(*m.state_dict().values()):08x}" for m in models]
+        output = Rows(output, KEYS, VALUES, steps=steps, weights="+".join(weights))
+    names = ["input", *["backbone"][: len(models) - 1], *(f"y{t}" for t in range(steps + 1))]
+    with accelerated(*models):
+        for about, x, y in tqdm(cases, unit="pair", disable=not progress):
+            row = columns | about | dict(checksum=checksum(x, y))
+            found = [output.find(**row, estimate=name) for name in names]
+            if None in found:
+                estimates = [x, *(m.refine(x.to(next(m.parameters())), 0) for m in models[1:])]
+                estimates += model.refine(x.to(next(model.parameters())), steps, return_all=True)
+                found = [output.add(**row, estimate=n, **scores(e, y, row)) for n, e in zip(names, estimates)]
+            measured += found
+    return measured
+
+
+def scores(estimate, clean, row):
+    numbers = dict(psnr=psnr(estimate, clean), ssim=ssim(estimate, clean))
+    if row["column"] == "flat":
+        colors = array(estimate).reshape(-1, 3)
+        numbers["step"] = float(np.abs(colors - np.median(colors, 0)).max() * 255)
+    return numbers
+
+
+def checksum(*tensors):
+    value = 0
+    for t in tensors:
+        value = zlib.crc32(t.detach().float().cpu().numpy().tobytes(), value)
+    return value
+
+
+@contextmanager
+def accelerated(*models):
+    """Inside, models are fast and in evaluation mode; behind, they are as they were."""
+    before = [(m, m.training, any(type(part) in FAST.values() for part in m.modules())) for m in models]
+    try:
+        yield [accelerate(m.eval()) for m in models]
+    finally:
+        for model, training, fast in before:
+            accelerate(model.train(training), fast)
+
+
+# ------------------------------------------------------------------------------------------------------ tables
+def average(rows, value="psnr"):
+    """Rows of `measure` -> {estimate: {column: mean over its rows, ..., "average": mean over columns}}."""
+    result, columns = {}, dict.fromkeys(row["column"] for row in rows)
+    for estimate in dict.fromkeys(row["estimate"] for row in rows):
+        mine = [row for row in rows if row["estimate"] == estimate]
+        means = {c: float(np.mean([row[value] for row in mine if row["column"] == c])) for c in columns}
+        result[estimate] = means | {"average": float(np.mean([*means.values()]))}
+    return result
+
+
+def published(suite, value="psnr"):
+    """Published figures, {method: {column: number or None}}; empty where there is no table of the suite."""
+    tables = json.loads(asset("published.json").read_text(encoding="utf-8"))
+    return {row["method"]: row[value] for row in tables.get(suite, {}).get("rows", [])}
+
+
+def table(rows, suite, value="psnr", methods=("PromptIR", "AdaIR", "SIPL+PromptIR (claim)")):
+    """A table of `psnr` (dB) or `ssim`, a line for each column of the suite: Markdown that reads well as it stands.
+
+    Published figures stand to the right, marked with *. An average of some columns only is called so, and none is
+    published.
+    """
+    means, theirs = average(rows, value), published(suite, value)
+    columns = list(means["input"])
+    complete = {*columns} == {*COLUMNS.get(suite, KEEP), "average"}
+    if "backbone" in means:
+        last = [name for name in means if name[0] == "y"][-1]
+        means[f"{last} - backbone"] = {c: means[last][c] - means["backbone"][c] for c in columns}
+    for method in methods:
+        if any(theirs.get(method, {}).values()):
+            means[f"{method}*"] = theirs[method] | ({} if complete else {"average": None})
+    lines, digits = [[value.upper(), *means]], 2 if value == "psnr" else 3
+    for column in columns:
+        name = column if complete or column != "average" else f"average of {len(columns) - 1}"
+        numbers = [m.get(column) for m in means.values()]
+        lines.append([name] + ["-" if n is None else f"{n:.{digits}f}" for n in numbers])
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    return "\n".join("| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines)
+
+
+def markdown(rows, suite):
+    """Both tables of a suite, and what must be said about them."""
+    text = [table(rows, suite), table(rows, suite, "ssim")]
+    if "*" in text[0]:
+        other = "" if rows[0]["source"] == "real" else ", other images"
+        text.append(
+            f"Columns with a star are published, on the real data sets{other}: they are no results of this run."
+        )
+    if any(row["psnr"] == 100 for row in rows):
+        text.append("100 dB stands for equal images.")
+    steps = {}
+    for row in rows:
+        steps[row["estimate"]] = max(row.get("step", 0), steps.get(row["estimate"], 0))
+    if any(steps.values()):
+        worst = ", ".join(f"{estimate} {step:.1f}" for estimate, step in steps.items())
+        text.append(f"flat: largest step from the median of an image, in levels of 255: {worst}.")
+    return "\n\n".join(text)

@@ -1,0 +1,155 @@
+"""The same numbers with less time and memory: other `forward`s for three modules, while no gradient is recorded.
+
+`accelerate(model)` gives modules a subclass that differs in `forward` only: parameters, state dict and output (to
+rounding) stay. In training autograd keeps every intermediate anyway, and the plain forwards run. Three ideas:
+
+1. Tiles. A layer works on a tile of the image at a time, so that its wide hidden tensors never exist for the whole
+   image, and on a CPU stay in the cache. Norms are inside the tile too.
+2. Channel attention is summed tile by tile: q.k of unit vectors is a sum over pixels, divided by two lengths.
+   And W (A v) = (W A) v: attention A and the 1x1 convolution W behind it are one small matrix per image.
+3. Channels last, the memory layout that layer norm, 1x1 convolutions and attention prefer.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+
+from .backbones import ChannelCrossAttention
+from .sipl import SIPL, Block, CrossAttention, unit
+
+TILE = {"cpu": 2**21, "cuda": 2**26}  # elements of the widest tensor that a layer makes; 2**21 floats fit a CPU's cache
+
+
+def tiles(x, width, halo):
+    """Cut x (B, C, H, W) for a layer that makes `width` channels and sees `halo` pixels around each pixel.
+
+    Yields (place, tile, inner): where in x the tile belongs, the tile with its halo, and the tile's slices without it.
+    """
+    H, W = x.shape[-2:]
+    pixels = TILE.get(x.device.type, TILE["cuda"]) // (len(x) * width)
+    side = max(H, W) if pixels >= H * W else max(32, math.isqrt(pixels))
+    rows, columns = (math.ceil(n / math.ceil(n / side)) for n in (H, W))  # tiles of about equal size
+    for top in range(0, H, rows):
+        for left in range(0, W, columns):
+            y0, x0 = max(top - halo, 0), max(left - halo, 0)
+            place = (..., slice(top, top + rows), slice(left, left + columns))
+            inner = (..., slice(top - y0, top - y0 + rows), slice(left - x0, left - x0 + columns))
+            yield place, x[..., y0 : top + rows + halo, x0 : left + columns + halo], inner
+
+
+def tiled(layer, x, width, halo, out=None):
+    """layer(x), one tile at a time. `out=x` writes over x, and needs a layer that keeps the number of channels."""
+    waiting = []
+    for place, tile, inner in tiles(x, width, halo):
+        y = layer(tile)
+        if tile.shape == x.shape:  # a small image is one tile
+            return y
+        if out is None:
+            size = (len(y), y.shape[1], *x.shape[-2:])
+            out = torch.empty(size, dtype=y.dtype, device=x.device, memory_format=torch.channels_last)
+        waiting.append((place, y[inner]))
+        # in place, a result waits until the next row of tiles has seen the pixels that it replaces
+        while waiting and (out is not x or waiting[0][0][1].stop < place[1].start):
+            earlier, y = waiting.pop(0)
+            out[earlier] = y
+    for earlier, y in waiting:
+        out[earlier] = y
+    return out
+
+
+class FastBlock(Block):
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        x = attend_channels(self.attention, self.norm1, x)  # a new tensor, which may be written over
+        width = self.ffn.inner[0].out_channels
+        return tiled(lambda tile: tile + self.ffn(self.norm2(tile)), x, width, halo=1, out=x)
+
+
+def attend_channels(attention, norm, x):
+    """x + attention(norm(x)) for Restormer's channel attention."""
+    C = x.shape[1]
+    v, sums = None, Sums(attention.heads)
+    for place, tile, inner in tiles(x, 3 * C, halo=1):
+        qkv = attention.qkv(norm(tile))[inner]
+        v = torch.empty_like(x, dtype=qkv.dtype, memory_format=torch.channels_last) if v is None else v
+        v[place] = qkv[:, 2 * C :]
+        sums.add(*qkv[:, : 2 * C].chunk(2, dim=1))
+    matrix = sums.matrix(attention)
+    for place, tile, _ in tiles(x, 3 * C, halo=0):
+        v[place] = tile + mix(matrix, v[place])  # v becomes the result
+    return v
+
+
+class Sums:
+    """Sums over pixels, gathered tile by tile, from which channel attention follows."""
+
+    def __init__(self, heads):
+        self.heads, self.products, self.q, self.k = heads, 0, 0, 0
+
+    def add(self, q, k):  # (B, C, h, w) each
+        q, k = (t.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (self.heads, -1)) for t in (q, k))
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k))  # float16 sums overflow
+            self.products = self.products + q.permute(0, 2, 3, 1) @ k.transpose(1, 2)  # (B, heads, C/heads, C/heads)
+        self.q, self.k = self.q + q.square().sum(1), self.k + k.square().sum(1)  # (B, heads, C/heads)
+
+    def matrix(self, attention):
+        """W A for each image, (B, C, C): attention A, then the 1x1 convolution W."""
+        q, k = (t.sqrt().clamp(min=1e-12) for t in (self.q, self.k))
+        A = (self.products / (q[..., :, None] * k[..., None, :]) * attention.temperature).softmax(-1)
+        W = attention.out.weight.to(A.dtype).flatten(1).unflatten(1, (self.heads, -1)).transpose(0, 1)
+        return (W @ A).transpose(1, 2).flatten(2)  # (B, C, heads, C/heads) -> (B, C, C)
+
+
+def mix(matrix, v):  # (B, C, C), (B, C, h, w)
+    y = v.permute(0, 2, 3, 1).flatten(1, 2) @ matrix.to(v.dtype).mT
+    return y.unflatten(1, v.shape[-2:]).permute(0, 3, 1, 2)
+
+
+class FastChannelCrossAttention(ChannelCrossAttention):
+    def forward(self, query, context):
+        if torch.is_grad_enabled():
+            return super().forward(query, context)
+        C = query.shape[1]
+        v, sums = torch.empty_like(query), Sums(self.heads)
+        for (place, tile, inner), (_, other, _) in zip(tiles(query, 3 * C, halo=1), tiles(context, 3 * C, halo=1)):
+            k, v[place] = self.kv(other)[inner].chunk(2, dim=1)
+            sums.add(self.q(tile)[inner], k)
+        return mix(sums.matrix(self), v)
+
+
+class FastCrossAttention(CrossAttention):
+    def keys_values(self, context):
+        if torch.is_grad_enabled():
+            return super().keys_values(context)
+        width = 2 * self.kv[0].out_channels
+        kv = tiled(lambda tile: self.kv(self.norm_context(tile)), context, width, halo=1)
+        k, v = map(self.tokens, kv.chunk(2, dim=1))
+        return unit(k), v
+
+    def attend(self, query, k, v):
+        if torch.is_grad_enabled():
+            return super().attend(query, k, v)
+        width = self.ffn.inner[0].out_channels
+        plain = super().attend
+        return tiled(lambda tile: plain(tile, k, v), query, width, halo=2)
+
+
+FAST = {
+    Block: FastBlock,
+    ChannelCrossAttention: FastChannelCrossAttention,
+    CrossAttention: FastCrossAttention,
+}
+
+
+def accelerate(model: SIPL, fast: bool = True) -> SIPL:
+    """Make a model fast, in place (`fast=False`: plain again), and return it. In a wrapped one: its Proxy Fusion."""
+    swap = FAST if fast else {new: old for old, new in FAST.items()}
+    theirs = set(model.net.modules()) if hasattr(model, "net") else set()
+    for module in model.modules():
+        module.__class__ = swap.get(type(module), type(module))
+        if isinstance(module, nn.Conv2d) and module not in theirs:  # a convolution puts out the layout of its weights
+            module.to(memory_format=torch.channels_last if fast else torch.contiguous_format)
+    return model

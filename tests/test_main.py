@@ -1,0 +1,111 @@
+"""The command line: each command does its work, and every error is one sentence and leaves nothing behind."""
+
+import subprocess
+import sys
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+from sipl_min import SIPL, __main__, __version__
+from sipl_min.__main__ import main
+
+
+@pytest.fixture
+def weights(model, tmp_path):
+    model.save(tmp_path / "m.safetensors")
+    return str(tmp_path / "m.safetensors")
+
+
+def test_demo_draws_and_prints(weights, tmp_path, capsys):
+    assert main(["demo", "--weights", weights, "--steps", "2", "--output", str(tmp_path / "demo.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["photo,", "degradation", "input", "y0", "y1", "y2"] and len(lines) == 5
+    assert iio.imread(tmp_path / "demo.png").std() > 10
+
+
+def test_restore_a_file_and_a_folder(weights, photo, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.jpg"):
+        iio.imwrite(tmp_path / "in" / name, photo)
+    (tmp_path / "in" / "bad.png").write_bytes(b"no image")
+    command = ["restore", str(tmp_path / "in"), str(tmp_path / "out"), "--weights", weights]
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert "restored 2 of 3 photos" in captured.out and "bad.png" in captured.err
+    assert iio.imread(tmp_path / "out" / "a.png").shape == photo.shape
+    assert main(command) == 1 and "restored 0 of 3 photos" in capsys.readouterr().out
+    assert main(["restore", str(tmp_path / "in" / "a.png"), str(tmp_path / "one.png"), "--weights", weights]) == 0
+    assert np.array_equal(iio.imread(tmp_path / "one.png"), iio.imread(tmp_path / "out" / "a.png"))
+
+
+def test_train_then_restore_with_the_old_and_new_names_of_options(photo, tmp_path, capsys):
+    iio.imwrite(tmp_path / "a.png", photo)
+    for names in (("--batch-size", "--crop-size", "--lr", "--suite"), ("--count", "--size", "--peak", "--setting")):
+        folder = tmp_path / names[0].strip("-")
+        values = [text for pair in zip(names, ("2", "32", "1e-3", "cdd11")) for text in pair]
+        assert (
+            main(["train", str(folder), "--steps", "2", "--recipe", "unroll", "--backbone", "restormer", *values]) == 0
+        )
+        assert "weights:" in capsys.readouterr().out
+        out = str(tmp_path / f"{folder.name}.png")
+        assert main(["restore", str(tmp_path / "a.png"), out, "--weights", str(folder / "model.safetensors")]) == 0
+    model = SIPL.load(tmp_path / "batch-size" / "model.safetensors")
+    assert model.settings.backbone == "restormer" and model.settings.identity_start
+    assert model.about["recipe"] == "unroll"
+    other = SIPL.load(tmp_path / "count" / "model.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_benchmark_writes_rows_and_tables(weights, tmp_path, capsys):
+    output = tmp_path / "r.csv"
+    command = ["benchmark", "three_task", "--weights", weights, "--steps", "0", "--output", str(output)]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert "CBSD68_15" in first and "PromptIR*" in first and output.with_suffix(".md").is_file()
+    before = output.read_bytes()
+    assert main(command) == 0 and capsys.readouterr().out == first and output.read_bytes() == before
+
+
+def test_the_rest(tmp_path, capsys):
+    assert main(["data", str(tmp_path)]) == 0 and "missing  CBSD68" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert __version__ in capsys.readouterr().out
+    assert main(["study", "who", str(tmp_path), "--images", str(tmp_path / "none")]) == 2
+    assert "no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["restore", "nowhere.png", "o.png"], "no file 'nowhere.png'"),
+        (["restore", "nowhere.png", "o.png", "--weights", "none"], "no weights at 'none'"),
+        (["demo", "--suite", "snowy"], "unknown suite 'snowy'"),
+        (["demo", "--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["benchmark", "cdd11", "--output", "x.txt"], "ends in .csv"),
+        (["benchmark", "cdd11", "--data", "nowhere"], "no folder 'nowhere'"),
+        (["train", "runs/x", "--images", "nowhere"], "no folder 'nowhere'"),
+        (["train", "runs/x", "--lr", "-1"], "lr=-1.0"),
+    ],
+)
+def test_errors_are_one_sentence(command, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_restore_loads_neither_matplotlib_nor_scikit_image(weights, photo, tmp_path):
+    iio.imwrite(tmp_path / "a.png", photo)
+    code = f"""
+import sys
+sys.modules["resource"] = None  # as on Windows
+from sipl_min.__main__ import main
+assert main(["restore", {str(tmp_path / "a.png")!r}, {str(tmp_path / "b.png")!r}, "--weights", {weights!r}]) == 0
+assert not {{"matplotlib", "skimage"}} & {{*sys.modules}}
+"""
+    environment = dict(PYTHONIOENCODING="cp1252", PYTHONPATH=str(__main__.__file__).rsplit("sipl_min", 1)[0])
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment)
