@@ -2,8 +2,7 @@
 
 A backbone is a pair (encoder, decoder). `encoder(x)` returns features, of which the second to the fourth are privileged
 (1/2, 1/4, 1/8 resolution); its `multiple` and `padding` say how images are padded. `decoder(x, features, fuse)` calls
-h = fuse(i, h) once at each of these scales (i = 0, 1, 2) and returns the image.
-"""
+h = fuse(i, h) once at each of these scales (i = 0, 1, 2) and returns the image."""
 
 import torch
 import torch.nn as nn
@@ -43,12 +42,11 @@ class Frequency(nn.Module):
         self.weight_new, self.weight_old = nn.Parameter(torch.zeros(dim, 1, 1)), nn.Parameter(torch.ones(dim, 1, 1))
 
     def box(self, u):
-        """The low frequencies of each image: a centered box, True inside, (B, 1, H, W), empty below 128 pixels a side.
-
-        AdaIR calls its size learned, but it is cut to whole numbers, so `rate` gets no gradient."""
+        """Low frequencies of each image: a centered box, True inside, (B, 1, H, W), empty below 128 pixels a side."""
         h, w = u.shape[-2:]
         rate = self.rate(u.mean((-2, -1), keepdim=True)).sigmoid()  # (B, 2, 1, 1)
         rows, columns = torch.arange(h, device=u.device) - h // 2, torch.arange(w, device=u.device) - w // 2
+        # AdaIR calls the size of the box learned, but it is cut to whole numbers, so `rate` gets no gradient
         a, b = ((size // 128 * r).int() for size, r in zip((h, w), rate.split(1, dim=1)))
         return ((rows >= -a) & (rows < a)).transpose(-2, -1) & (columns >= -b) & (columns < b)
 
@@ -86,14 +84,15 @@ class AdaIRDecoder(Decoder):
 class NAFBlock(nn.Module):
     """No attention, no activation: gates, which multiply one half of the channels with the other."""
 
+    window = None
+
     def __init__(self, dim):
         super().__init__()
+        wide = 2 * dim
         self.norm1, self.norm2 = LayerNorm2d(dim, eps=1e-6), LayerNorm2d(dim, eps=1e-6)
-        self.inner = nn.Sequential(
-            nn.Conv2d(dim, 2 * dim, 1), nn.Conv2d(2 * dim, 2 * dim, 3, padding=1, groups=2 * dim)
-        )
+        self.inner = nn.Sequential(nn.Conv2d(dim, wide, 1), nn.Conv2d(wide, wide, 3, padding=1, groups=wide))
         self.channels, self.out = nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 1)
-        self.ffn_inner, self.ffn_out = nn.Conv2d(dim, 2 * dim, 1), nn.Conv2d(dim, dim, 1)
+        self.ffn_inner, self.ffn_out = nn.Conv2d(dim, wide, 1), nn.Conv2d(dim, dim, 1)
         self.beta, self.gamma = nn.Parameter(torch.zeros(1, dim, 1, 1)), nn.Parameter(torch.zeros(1, dim, 1, 1))
 
     def forward(self, x):
@@ -103,8 +102,16 @@ class NAFBlock(nn.Module):
         a, b = self.ffn_inner(self.norm2(x)).chunk(2, dim=1)
         return x + self.gamma * self.ffn_out(a * b)
 
-    def pool(self, x):
-        return x.mean((-2, -1), keepdim=True)
+    def pool(self, x):  # (B, C, H, W) -> the mean over the image, or over a window around each pixel inside of it
+        if self.window is None:
+            return x.mean((-2, -1), keepdim=True)
+        y = x.to(torch.promote_types(x.dtype, torch.float32))  # float16 sums overflow
+        for _ in range(2):  # along the rows, then, transposed, along the columns
+            n = min(self.window, y.shape[-1])
+            total, left = F.pad(y, (1, 0)).cumsum(-1), (n - 1) // 2
+            means = (total[..., n:] - total[..., :-n]) / n
+            y = F.pad(means, (left, n - 1 - left, 0, 0), "replicate").mT
+        return y.to(x.dtype)
 
 
 def naf_level(dim, count):
@@ -144,27 +151,14 @@ class NAFDecoder(nn.Module):
         return self.output(h) + x
 
 
-class LocalNAFBlock(NAFBlock):
-    """The mean over the image becomes a mean over a window around each pixel, which the image's borders stop."""
-
-    def pool(self, x):  # (B, C, H, W) -> the same
-        y = x.to(torch.promote_types(x.dtype, torch.float32))  # float16 sums overflow
-        for _ in range(2):  # along the rows, then, transposed, along the columns
-            n = min(self.window, y.shape[-1])
-            total = F.pad(y, (1, 0)).cumsum(-1)
-            means, left = (total[..., n:] - total[..., :-n]) / n, (n - 1) // 2
-            y = F.pad(means, (left, n - 1 - left, 0, 0), "replicate").mT
-        return y.to(x.dtype)
-
-
 def nafnet_local(model, training_size=256):
     """Make NAFNetLocal of a NAFNet, in place, and return it: the same weights, as used for NAFNet's published figures
-    on GoPro and REDS (TLC, Chu et al., ECCV 2022). Means are over windows of 1.5 times the training size."""
+    on GoPro and REDS (TLC, Chu et al., ECCV 2022). Means are over windows of 1.5 times the training size.
+    Files do not keep this: a loaded NAFNet is the plain one."""
     levels = [*model.encoder.levels, model.decoder.middle, *model.decoder.levels]
     for blocks, scale in zip(levels, (1, 2, 4, 8, 16, 8, 4, 2, 1)):
         for block in blocks:
-            block.__class__, block.window = LocalNAFBlock, int(1.5 * training_size) // scale
-    model.encoder.training_size = training_size  # kept in its file
+            block.window = int(1.5 * training_size) // scale
     return model
 
 

@@ -4,9 +4,8 @@
 In all three, what is drawn follows from the seed and the place in the training alone, never from what was drawn before.
 """
 
-import warnings
+import functools
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,21 +45,16 @@ def held_out():
 
 
 def motorcycle_distance():
-    """Relative distance (1, H, W) in [0, 1] of `motorcycle_left.png`, 1 far, NaN unknown: 1 - disparity / largest.
-
-    Measured disparity, Middlebury stereo 2014 (Scharstein et al. 2014).
-    """
+    """Relative distance (1, H, W) of `motorcycle_left.png`, 0 near to 1 far, NaN unknown (Scharstein et al. 2014)."""
     disparity = torch.from_numpy(np.load(installed("motorcycle_disp.npz"))["arr_0"])
     known = disparity.isfinite() & (disparity > 0)
     return torch.where(known, 1 - disparity / disparity[known].max(), torch.nan)[None]
 
 
 def dead_leaves(count, size=128, seed=0, leaves=300):
-    """Images of occluding textured shapes, uint8 (count, 3, size, size): edges and textures at every scale.
+    """Images of occluding textured shapes, front to back, uint8 (count, 3, size, size).
 
-    Front to back, each leaf is an ellipse, diamond or rectangle at a random place with half-axes up to r, where
-    p(r) ~ r^-3 makes the statistics scale-invariant (Lee, Mumford & Huang 2001), filled with a color, a gradient
-    and a wave; such images train restorers that work on photos (Achddou, Gousseau & Ladjal 2021).
+    Radii r with p(r) ~ r^-3 make them alike at every scale (Lee, Mumford & Huang 2001; Achddou et al. 2021).
     """
     g = generator(seed)
     down, right = torch.meshgrid(torch.arange(size) / size, torch.arange(size) / size, indexing="ij")
@@ -89,50 +83,36 @@ def dead_leaves(count, size=128, seed=0, leaves=300):
 # ------------------------------------------------------------------------------------------- files on disk
 def load(path):
     """A photo on disk as (3, H, W) in [0, 1]. Raises InputError, with its name, where it cannot be used."""
+    image = photos.read(path)
     try:
-        return photos.to_tensor(photos.read(path))[0]
+        return photos.to_tensor(image)[0]
     except InputError as e:
-        raise e if repr(str(path)) in str(e) else InputError(f"{str(path)!r} cannot be used: {e}") from e
+        raise InputError(f"{str(path)!r} cannot be used: {e}") from e
 
 
-def size_of(path):
-    """(width, height) of a photo that is whole, or a sentence that says what is wrong with it."""
-    try:
-        return tuple(load(path).shape[:0:-1])
-    except InputError as e:
-        return str(e)
+def check(groups, skip_bad, bad=()):
+    """Groups of paths, such as pairs -> those whose photos are whole and of one size, and a sentence for each other.
 
-
-def sort_out(groups):
-    """Paths of photos that belong together, such as pairs -> those without a fault, and a sentence for each other.
-
-    All of a photo is read, since a truncated file begins like a good one.
+    Raises InputError with all sentences, those in `bad` too, unless `skip_bad`.
     """
-    paths, good, bad = sorted({path for group in groups for path in group}), [], []
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(8) as pool:  # threads share these filters
-        bar = tqdm(pool.map(size_of, paths), "checking", len(paths), unit="photo", delay=5, leave=False)
-        sizes = dict(zip(paths, bar))
-    for group in groups:
-        wrong = [sizes[path] for path in group if isinstance(sizes[path], str)]
-        if not wrong and len({sizes[path] for path in group}) > 1:
-            wrong = ["{!r} has {} x {} pixels".format(str(path), *sizes[path]) for path in group]
-        if wrong:
-            bad.append(", ".join(wrong))
-        else:
+    good, bad = [], [*bad]
+    shape = functools.cache(lambda path: load(path).shape)  # all of it is read: a truncated file begins like a good one
+    for group in tqdm(groups, "checking", delay=5, leave=False):
+        try:
+            if len({shape(path) for path in group}) > 1:
+                sizes = [f"{str(path)!r} has {shape(path)[2]} x {shape(path)[1]} pixels" for path in group]
+                raise InputError(", ".join(sizes))
             good.append(group)
+        except InputError as e:
+            bad.append(str(e))
+    if bad and not skip_bad:
+        way = "mend them, or leave them out with --skip-bad (in Python skip_bad=True)"
+        raise InputError(f"{len(bad)} photos or pairs cannot be used: {'; '.join(bad)}: {way}")
     return good, bad
 
 
-def refuse_bad(good, bad, skip_bad):
-    """Raises InputError, which holds all sentences of `bad`, unless they are to be left out and something is left."""
-    if bad and not (good and skip_bad):
-        way = "mend them, or leave them out with --skip-bad (in Python skip_bad=True)" if good else "mend them"
-        raise InputError(f"{len(bad)} of {len(good) + len(bad)} cannot be used: {'; '.join(bad)}: {way}")
-
-
 def spellings(stem):
-    """Names that the target of an input may have: `1` for `1`, `norain-1` for `rain-1`, `0_clean` for `0_rain`, and
-    `0001` for `0001_0.8_0.2`, where what is behind a `_` tells of the degradation."""
+    """Names that a target may have: `norain-1` for the input `rain-1`, `0_clean` for `0_rain`, `01` for `01_0.8`."""
     yield from (stem, stem.replace("rain", "norain"), stem.replace("rain", "clean"))
     while "_" in stem:
         stem = stem.rpartition("_")[0]
@@ -142,88 +122,85 @@ def spellings(stem):
 def by_name(inputs, targets):
     """Pair inputs with targets, both path -> its folder: a list of (input, target), and a sentence for each input left.
 
-    A target is looked for in the folder of the same name, or in the only one there is. Raises InputError for a photo
-    that is both.
+    A target lies in the folder of the same name, or at the top. Raises InputError for a photo that is both.
     """
     if both := sorted(inputs.keys() & targets.keys()):
         raise InputError(f"{str(both[0])!r} is among inputs and targets: name two folders, neither inside the other")
-    folders = {*targets.values()}
-    if folders == {"."} or len(folders) == 1 and folders.isdisjoint(inputs.values()):
-        inputs, targets = dict.fromkeys(inputs, "."), dict.fromkeys(targets, ".")
+    if len({*targets.values()}) == 1 and not {*targets.values()} & {*inputs.values()}:  # such as clear/clear_images
+        targets = dict.fromkeys(targets, ".")
     named, pairs, left = {}, [], []
     for path, folder in targets.items():
         named.setdefault((folder, path.stem), []).append(path)
     for path, folder in inputs.items():
-        found = next((named[folder, s] for s in spellings(path.stem) if (folder, s) in named), [])
+        places = [(place, stem) for place in (folder, ".") for stem in spellings(path.stem)]
+        found = next((named[place] for place in places if place in named), [])
         if len(found) == 1:
-            pairs.append((path, found[0]))
+            pairs.append((path, *found))
         else:
             left.append(f"{str(path)!r} has {len(found) or 'no'} targets of its name")
     return pairs, left
 
 
-def below(source):  # a folder, or a list of paths -> path: its folder below the source
+def below(source):
+    """A folder, or a list of paths -> path: its folder below the source."""
     if isinstance(source, Name):
         return {path: path.relative_to(source).parent.as_posix() for path in photos.find(source)}
     return {Path(path): "." for path in source}
 
 
-def refuse_pairs(folder, files):
-    """Raises InputError where a folder of photos holds pairs: half of them are damaged."""
-    places = {}
-    for part in {part for path in files for part in path.parents if Path(folder) in part.parents}:
-        places.setdefault(part.parent, {})[part.name.lower()] = str(part)
-    for names in places.values():
-        x, y = (next((names[n] for n in known if n in names), "") for known in ((*INPUTS, "noisy"), TARGETS))
-        if x and y:
-            way = f"pass --pairs {x!r} {y!r} (in Python data.Pairs), or as clean photos {y!r} alone"
-            raise InputError(f"{str(folder)!r} holds pairs, not only clean photos: {way}")
+def halves(names, inputs=INPUTS):
+    """Which of some folders hold the degraded and the clean half of pairs: two names, "" where there is none."""
+    known = {name.lower(): name for name in names}
+    return [next((known[name] for name in half if name in known), "") for half in (inputs, TARGETS)]
+
+
+def clean_photos(folder):
+    """The photos in a folder. Raises InputError where it holds pairs: half of them are damaged."""
+    found = photos.find(folder)
+    parts = halves((path.name for path in Path(folder).iterdir() if path.is_dir()), (*INPUTS, "noisy"))
+    if all(parts):
+        x, y = (str(Path(folder, part)) for part in parts)
+        way = f"pass --pairs {x!r} {y!r} (in Python data.Pairs), or as clean photos {y!r} alone"
+        raise InputError(f"{str(folder)!r} holds pairs, not only clean photos: {way}")
+    return found
 
 
 # ---------------------------------------------------------------------------------------- crops and batches
 class Images:
     """Clean images, and pairs on disk where there are any, from which `batch` and `Degraded` take crops.
 
-    Args:
-        source: None for the embedded images, half of all crops from photos and half from dead leaves; or a folder,
-            whose photos then replace them; or a list of H x W x 3 arrays or of paths.
-        leaves: how many dead-leaves images; seed: of these. cache: bytes of decoded photos kept in memory.
-        pairs: for columns whose degradation is on disk and not made here, column -> list of (degraded, clean) paths.
-        skip_bad: leave out photos and pairs that cannot be used; `left_out` then says why, a sentence for each.
-    Raises InputError, which names them all, where photos are missing, damaged, or of two sizes in one pair; and where
-    the folder holds pairs.
+    source: None for the embedded images, half of the crops from photos and half from dead leaves; or a folder of
+        photos; or a list of H x W x 3 arrays or of paths. leaves, seed: how many dead leaves, and which.
+    cache: bytes of decoded photos kept in memory. skip_bad: leave out what cannot be used; `left_out` says why.
+    pairs: for columns whose degradation is on disk and not made here, column -> list of (degraded, clean) paths.
+    Raises InputError, which names all that cannot be used; and where the folder holds pairs.
     """
 
     def __init__(self, source=None, leaves=48, seed=0, cache=2**31, pairs=None, skip_bad=False):
         self.cache, self.kept, self.depths = cache, {}, {}
         self.given = {c: [tuple(map(Path, p)) for p in some] for c, some in (pairs or {}).items() if some}
         if source is None:
-            files, made = [installed(name) for name in TRAINING], [*dead_leaves(leaves, seed=seed).numpy()]
             self.depths[TRAINING.index("motorcycle_left.png")] = motorcycle_distance()
+            source = [*map(installed, TRAINING), *dead_leaves(leaves, seed=seed).permute(0, 2, 3, 1).numpy()]
         elif isinstance(source, Name):
-            files, made = photos.find(source), []
-            refuse_pairs(source, files)
-        else:
-            files = [Path(image) for image in source if isinstance(image, Name)]
-            made = [photos.to_tensor(np.asarray(image))[0] for image in source if not isinstance(image, Name)]
-            made = [(image * 255).round().byte().numpy() for image in made]
-        groups = [(path,) for path in files] + [pair for several in self.given.values() for pair in several]
-        good, self.left_out = sort_out(groups)
-        refuse_bad(good, self.left_out, skip_bad)
+            source = clean_photos(source)
+        files = [Path(image) for image in source if isinstance(image, Name)]
+        arrays = [np.asarray(image) for image in source if not isinstance(image, Name)]
+        good, self.left_out = check([(path,) for path in files] + sum(self.given.values(), []), skip_bad)
         good = {*good}
         files = [path for path in files if (path,) in good]
-        self.pairs = {column: [pair for pair in several if pair in good] for column, several in self.given.items()}
-        self.sources, self.photos = [*files, *made], len(files)
-        if not self.sources:
-            raise InputError("no images given: pass at least one H x W x 3 array, a folder, or None")
-        if empty := [column for column, several in self.pairs.items() if not several]:
-            raise InputError(f"no pair of {empty[0]} can be used: {'; '.join(self.left_out)}")
+        self.pairs = {column: [pair for pair in some if pair in good] for column, some in self.given.items()}
+        made = [(photos.to_tensor(array)[0] * 255).round().byte().numpy() for array in arrays]
+        self.sources, self.photos = files + made, len(files)
+        for kind, some in {"images": self.sources, **self.pairs}.items():
+            if not some:
+                raise InputError(f"no photos for {kind}: {'; '.join(self.left_out) or 'the list is empty'}")
 
     def __len__(self):
         return len(self.sources)
 
-    def __getstate__(self):  # for the workers of a DataLoader, each of which has a cache of its own
-        return self.__dict__ | dict(kept={}, cache=self.cache + sum(image.numel() for image in self.kept.values()))
+    def __getstate__(self):  # each worker of a DataLoader has a cache of its own
+        return self.__dict__ | dict(kept={})
 
     def names(self):
         """What tells these images from others, so that a resumed training finds the images that it began with."""
@@ -239,12 +216,11 @@ class Images:
         """An image as uint8 (3, H, W)."""
         if not isinstance(source, Path):
             return torch.from_numpy(source)
-        image = self.kept.get(source)
-        if image is None:
-            image = (load(source) * 255).round().byte()
-            if image.numel() <= self.cache:
-                self.kept[source] = image
-                self.cache -= image.numel()
+        if source in self.kept:
+            return self.kept[source]
+        image = (load(source) * 255).round().byte()
+        if image.numel() + sum(map(torch.numel, self.kept.values())) <= self.cache:
+            self.kept[source] = image
         return image
 
     def crop(self, size, g, i=None):
@@ -280,11 +256,10 @@ EXTRA = {"everyday": (0.15, 0.15)}  # suite -> shares of the crops: JPEG afterwa
 def batch(images, step, *, suite="cdd11", crop_size=48, batch_size=8, seed=0, device="cpu", mild=0.0, which=None):
     """Training batch number `step`: degraded x and clean y, (batch_size, 3, crop_size, crop_size), and their columns.
 
-    A pure function of its arguments: nothing is remembered between steps, so training resumes where it stopped. Crops
-    are cut on the CPU, the degradations run on `device`. Each crop draws its column by `degrade.SHARES`, so that no
-    task starves, however few images it has; columns in `images.pairs` take their crop from there. A share `mild` of
-    the crops is degraded less, x <- y + s (x - y) with s uniform in (0, 1): a network that saw only bad photos spoils
-    good ones. The suite "everyday" has such a share of its own, varies the tone of crops, and compresses some.
+    A pure function of its arguments, so training resumes where it stopped. Each crop draws its column by
+    `degrade.SHARES`; columns in `images.pairs` take their crop from there. Crops are cut on the CPU, and degraded on
+    `device`. A share `mild` is degraded in part, y + s (x - y) with s uniform in (0, 1): a network that saw only bad
+    photos spoils good ones. The suite "everyday" has a share of its own, varies the tone of crops, and compresses some.
     which: number of the image that all crops come from; None for any.
     """
     check_suite(suite)
@@ -329,19 +304,19 @@ def hash_seed(*numbers):
 
 # ------------------------------------------------------------------------------------------ for a DataLoader
 class Seeded(Dataset):
-    """What `Degraded` and `Pairs` share: item i of epoch e is a pure function of (seed, e, i)."""
+    """What `Degraded` and `Pairs` share: item i of an epoch is a pure function of (seed, epoch, i)."""
 
-    def __init__(self, seed):
-        self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
+    epoch = 0
 
     def set_epoch(self, epoch):
-        """To be called before each epoch, as a `DistributedSampler` wants it too; otherwise all are the same."""
-        self.epoch.fill_(epoch)
+        """To be called before each epoch, and before its workers start."""
+        self.epoch = epoch
 
-    def place(self, i):
-        """The seed of this epoch, and i as a place from 0. Raises IndexError."""
-        return hash_seed(self.seed, int(self.epoch)), range(len(self))[i]
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.item(range(len(self))[i], hash_seed(self.seed, self.epoch))
 
 
 class Degraded(Seeded):
@@ -351,45 +326,29 @@ class Degraded(Seeded):
     """
 
     def __init__(self, images, suite, crop_size=64, seed=0, mild=0.0):
-        super().__init__(seed)
         check_suite(suite)
-        self.images = images if isinstance(images, Images) else Images(images)
-        self.options = dict(suite=suite, crop_size=crop_size, mild=mild)
+        self.items, self.seed = images if isinstance(images, Images) else Images(images), seed
+        self.options = dict(suite=suite, crop_size=crop_size, mild=mild, batch_size=1)
 
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        seed, i = self.place(i)
-        x, y, _ = batch(self.images, i, batch_size=1, seed=seed, which=i, **self.options)
+    def item(self, i, seed):
+        x, y, _ = batch(self.items, i, seed=seed, which=i, **self.options)
         return x[0], y[0]
 
 
 class Pairs(Seeded):
     """Pairs of photos on disk: (x, y), degraded and clean, float (3, H, W) in [0, 1].
 
-    Args:
-        inputs, targets: two folders, whose subfolders are searched too, or lists of paths; paired by name, see
-            `spellings` and `by_name`.
-        crop_size: side of a random crop, turned and flipped; None gives whole images as they are.
-        skip_bad: leave out pairs that cannot be used; `left_out` then says why, a sentence for each.
-    Raises InputError, which names all pairs that cannot be used: damaged, of two sizes, or without a partner.
+    inputs, targets: two folders, whose subfolders are searched too, or lists of paths; paired by name, see `by_name`.
+    crop_size: side of a random crop, turned and flipped; None gives whole images. skip_bad: as in `Images`.
     """
 
     def __init__(self, inputs, targets, crop_size=None, seed=0, skip_bad=False):
-        super().__init__(seed)
-        self.crop_size = crop_size
+        self.crop_size, self.seed = crop_size, seed
         pairs, unpaired = by_name(below(inputs), below(targets))
-        self.pairs, self.left_out = sort_out(pairs)
-        self.left_out += unpaired
-        refuse_bad(self.pairs, self.left_out, skip_bad)
-        if not self.pairs:
-            raise InputError("no pairs given: the lists are empty")
+        self.items, self.left_out = check(pairs, skip_bad, unpaired)
+        if not self.items:
+            raise InputError(f"no photos for pairs: {'; '.join(self.left_out) or 'the lists are empty'}")
 
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, i):
-        seed, i = self.place(i)
-        both = [load(path) for path in self.pairs[i]]
+    def item(self, i, seed):
+        both = [load(path) for path in self.items[i]]
         return tuple(cut(both, self.crop_size, generator(hash_seed(seed, i))) if self.crop_size else both)

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .data import INPUTS, TARGETS, by_name, refuse_bad, sort_out
+from .data import by_name, check, halves
 from .degrade import CDD11, COLUMNS, check_suite
 from .files import InputError
 from .photos import PHOTOS
@@ -24,12 +24,11 @@ class DataSet:
     clean: bool = False  # clean images only: their degradation is made here
     clear: int | None = None  # distinct targets, where fewer than inputs
     other: tuple = ()  # (count, what a copy of this size is)
-    place: str | None = None  # where below the root to put it, if not simply under its name
 
     def layout(self):
         """Where its images belong below the root, in words."""
         halves = "" if self.clean else "/clear, low, haze, ..." if self.name == "CDD-11" else "/input and target"
-        return (self.place or f"{self.name}/{self.role}") + halves
+        return f"{self.name}/{self.role}" + halves
 
 
 RESIDE = "RESIDE, Li et al. 2019, sites.google.com/view/reside-dehaze-datasets"
@@ -52,9 +51,9 @@ WEATHER = ("Snow100K-S", "Snow100K-L", "Outdoor-Rain", "RainDrop")
 # only as the name of the very folder that holds the images. The deepest part that tells wins, then the order here.
 SETS = (
     DataSet("CBSD68", "test", 68, r"c?bsds?68", NOISE, BSD, clean=True),
+    DataSet("BSD400 + WED", "train", 5144, r"bsds?400.+wed|=denoise", (), TOGETHER, clean=True),
     DataSet("BSD400", "train", 400, r"bsds?400", (), BSD, clean=True),
     DataSet("WED", "train", 4744, r"wed|waterloo[a-z]*", (), WED, clean=True),
-    DataSet("BSD400 + WED", "train", 5144, r"=denoise", (), TOGETHER, clean=True, place="Train/Denoise"),
     DataSet("RainDrop", "test", 58, r"(de)?rain.?drop", ("RainDrop",), QIAN),
     DataSet("Outdoor-Rain", "test", 750, r"outdoor.?(heavy.?)?rain|=test1", ("Outdoor-Rain",), HEAVY_RAIN),
     DataSet("AllWeather", "train", 18069, r"all.?weather", WEATHER, TRANSWEATHER),
@@ -93,38 +92,30 @@ class Found:
         """The pairs with which a column of a table is measured or trained."""
         return self.pairs.get(column, self.pairs.get("", []))
 
-    def take(self, folder, inputs, target):
-        """Pair the inputs, column -> name of a folder, with the targets beside them."""
+    def add(self, folder, pairs):
+        """Another folder of it: column -> what `by_name` says."""
         self.folders.append(folder)
-        for column, name in inputs.items():
-            pairs, unpaired = by_name(photos_of(folder / name), photos_of(folder / target))
-            self.pairs.setdefault(column, []).extend(pairs)
+        for column, (good, unpaired) in pairs.items():
+            self.pairs.setdefault(column, []).extend(good)
             self.unpaired += unpaired
 
 
-def photos_of(folder, patterns=("*", "*/*")):
-    """Photos in a folder and one level deeper, where RESIDE has part1 to part4: path -> its folder, sorted."""
-    found = {}
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-        name = path.relative_to(folder)
-        if path.suffix.lower() in PHOTOS and not any(part.startswith((".", "__MACOSX")) for part in name.parts):
-            found[path] = name.parent.as_posix()
-    return found
+def photos_of(folder):
+    """Photos in a folder and its subfolders, without hidden ones: path -> its folder below, sorted."""
+    found = {path: path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.suffix.lower() in PHOTOS}
+    return {path: name.parent.as_posix() for path, name in found.items() if "/." not in f"/{name.as_posix()}"}
 
 
-def words(part):
-    return [w for w in re.split(r"[^a-z0-9]", part.lower()) if w]
-
-
-def role_of(parts, inputs=""):
+def role_of(parts):
     """ "train", "test" or None: the deepest part of a path with such a word tells."""
-    for depth, part in reversed(list(enumerate(parts))):
-        for word in words(part) if depth or len(words(part)) == 1 else ():  # of the root only a name like "Train"
+    for depth, part in reversed([*enumerate(parts)]):
+        words = re.findall("[a-z0-9]+", part.lower())
+        for word in words if depth or len(words) == 1 else ():  # of the root only a name like "Train"
             if re.fullmatch(r"train(ing|set|data)?|[a-z]*train|our485", word):
                 return "train"
             if re.fullmatch(r"test(ing|set|data|1)?|(?!lat|con)[a-z]*test|eval15|val|sots", word):
                 return "test"
-    return "train" if inputs.lower() == "rainy" else None
+    return None
 
 
 def fitting(parts, role, clean=None):
@@ -133,85 +124,76 @@ def fitting(parts, role, clean=None):
     clean: whether they have clean images only; None for any set, in any layout.
     """
 
-    def known(pattern, part):
-        return pattern and re.search(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", part.lower())
+    def tells(where, depth):
+        name, _, task = where.partition("=")
+        part = parts[depth].lower()
+        task_counts = clean is None or depth == len(parts) - 1
+        return name and whole(name.rstrip("|"), part) or task_counts and part == task
 
-    if any(known(OTHERS, part) for part in parts):
+    if any(whole(OTHERS, part.lower()) for part in parts):
         return []
     several = [what for what in SETS if role in (what.role, None) and clean in (what.clean, None)]
-    for depth, part in reversed(list(enumerate(parts))):
-        task_counts = depth == len(parts) - 1 or clean is None and depth > 0
-        fits = []
-        for what in several:
-            name, _, task = what.where.partition("=")
-            if known(name.rstrip("|"), part) or task_counts and part.lower() == task:
-                fits.append(what)
-        if fits:
-            return fits
-    return []
+    levels = ([what for what in several if tells(what.where, depth)] for depth in reversed(range(len(parts))))
+    return next(filter(None, levels), [])
+
+
+def whole(pattern, part):
+    return re.search(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", part)
 
 
 def find(root):
     """The data sets below a folder, in the order of `SETS`. Raises InputError where there is no such folder.
 
-    Known layouts: AirNet's and PromptIR's (Train/Derain/rainy, test/dehaze/input, ...), OneRestore's
-    (CDD-11_test/clear, ...), Restormer's (test/Rain100L/input, ...), the originals, and any folder named after its data
-    set with `input` and `target` in it. Several folders of one set (GoPro's scenes) are put together.
+    Known layouts: those of AirNet, PromptIR, OneRestore, Restormer, the originals, and any folder named after its set
+    with `input` and `target` in it. Several folders of one set (GoPro's scenes) are put together.
     """
-    root, found, visited, strange = Path(root), {}, set(), []
+    root, found, strange = Path(root), {}, []
     if not root.is_dir():
         raise InputError(f"no folder {str(root)!r}: put the data sets below one, and name it with --data")
-    for place, folders, files in os.walk(root, followlinks=True):
+    for place, folders, files in os.walk(root):
         folder = Path(place)
-        if folder.resolve() in visited:  # a link that leads back
-            folders.clear()
-            continue
-        visited.add(folder.resolve())
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
+        images = [folder / f for f in sorted(files) if Path(f).suffix.lower() in PHOTOS and not f.startswith(".")]
         parts = (root.resolve().name, *folder.relative_to(root).parts)
-        inputs, target = halves(folders)
+        role, pairs = role_of(parts), {}
+        inputs, target = columns_of(folders)
         if inputs and target:
             folders[:] = [f for f in folders if f not in (*inputs.values(), target)]
-            role, cdd = role_of(parts, next(iter(inputs.values()))), "" not in inputs
-            several = fitting(parts, role, clean=False)
-            if cdd:  # told by what is in it, not by its name
-                several = [what for what in SETS if what.name == "CDD-11" and role in (what.role, None)]
-            if several and cdd == (several[0].name == "CDD-11"):
-                found.setdefault(several[0], Found(several[0])).take(folder, inputs, target)
-            else:
-                strange.append((folder, several))
-        elif any(Path(f).suffix.lower() in PHOTOS for f in files) or not folders:
-            role = role_of(parts)
-            images, several = photos_of(folder, ["*"]), fitting(parts, role, clean=True)
-            if images and several:
-                item = found.setdefault(several[0], Found(several[0]))
-                item.folders.append(folder)
-                item.pairs.setdefault("", []).extend((None, path) for path in images)
-            else:
-                strange.append((folder, fitting(parts, role)))
+            fits = fitting(parts, role, clean=False)
+            if fits and ("" in inputs) != (fits[0].name == "CDD-11"):
+                targets = photos_of(folder / target)
+                pairs = {column: by_name(photos_of(folder / name), targets) for column, name in inputs.items()}
+        elif images or not folders:
+            if images and fitting(parts, role, clean=True):
+                pairs = {"": ([(None, path) for path in images], [])}
+            fits = fitting(parts, role, clean=True if pairs else None)
+        else:
+            continue
+        if pairs:
+            found.setdefault(fits[0], Found(fits[0])).add(folder, pairs)
+        else:
+            strange.append((folder, fits))
     known = {*found}
-    for folder, several in strange:  # what a role does not tell may be part of what is known already
-        for what in several if known.isdisjoint(several) else ():
+    for folder, fits in strange:  # what a role does not tell may be part of what is known already
+        for what in fits if known.isdisjoint(fits) else ():
             found.setdefault(what, Found(what)).folders.append(folder)
     return [found[what] for what in SETS if what in found]
 
 
-def halves(folders):
-    """Which of some folders hold inputs, combination (CDD-11) or "" -> name, and which one the targets, or None."""
-    names = {f.lower(): f for f in folders}
-    combinations = {c: names[c] for c in CDD11 if c in names}
-    if "clear" in names and len(combinations) > 1:
-        return combinations, names["clear"]
-    inputs, targets = ([names[n] for n in known if n in names] for known in (INPUTS, TARGETS))
-    return {"": name for name in inputs[:1]}, next(iter(targets), None)
+def columns_of(folders):
+    """Which of some folders hold inputs, combination (CDD-11) or "" -> name, and which one the targets, or ""."""
+    inputs, target = halves(folders)
+    combinations = {f.lower(): f for f in folders if f.lower() in CDD11}
+    if target.lower() == "clear" and len(combinations) > 1:
+        return {column: combinations[column] for column in CDD11 if column in combinations}, target
+    return {"": inputs} if inputs else {}, target
 
 
 def training(root, suite, skip_bad=False):
     """What lies below `root` to train a suite on, as arguments of `data.Images`: source (clean images) and pairs.
 
-    Columns without pairs (noise always) get clean images with degradations made on the fly: BSD400 and WED, or else the
-    targets of all pairs. Raises InputError where there is nothing, and where a set that the suite needs is there, but
-    empty, in a layout that is not known, or without the target of some input (unless `skip_bad`).
+    Columns without pairs (noise always) degrade clean images: BSD400 and WED, or else the targets of all pairs. Raises
+    InputError where there is nothing, and where a set that the suite needs is there but cannot be used.
     """
     check_suite(suite)
     found = [f for f in find(root) if f.what.role == "train"]
@@ -223,11 +205,10 @@ def training(root, suite, skip_bad=False):
             way = f"arrange it as {f.what.layout()} below {str(root)!r}, or move it away"
             raise InputError(f"{f.what.name} in {str(f.folders[0])!r} has nothing to train {empty[0]} on: {way}")
         pairs |= {column: f.of(column) for column in columns}
-        if columns:
-            refuse_bad([pair for several in f.pairs.values() for pair in several], f.unpaired, skip_bad)
+        check([], skip_bad, f.unpaired if columns else [])
     clean = [y for f in found if f.what.clean for _, y in f.of("")]
-    clean = clean or sorted({y for several in pairs.values() for _, y in several})
-    clean = clean or sorted({y for f in found for several in f.pairs.values() for _, y in several})
+    for several in ([*pairs.values()], [some for f in found for some in f.pairs.values()]):
+        clean = clean or sorted({y for some in several for _, y in some})
     if not clean:
         raise InputError(f"no training set of {suite} below {str(root)!r}: python -m sipl_min data says what fits")
     return dict(source=clean, pairs=pairs)
@@ -237,33 +218,32 @@ def problems(item, sample=20):
     """What is wrong with a copy, one sentence each: its count, inputs left over, and what reading a sample shows."""
     what, count, lines = item.what, item.count(), []
     kind = "images" if what.clean else "pairs"
+    pairs = [tuple(filter(None, pair)) for several in item.pairs.values() for pair in several]
+    clear = len({pair[-1] for pair in pairs})
     if not count:
         lines.append(f"no {kind}: it is empty, or in a layout that is not known; arrange it as {what.layout()}")
     elif what.other and count == what.other[0] and len(item.folders) == 1:
         lines.append(f"{count} {kind} instead of {what.count}: this is {what.other[1]}")
     elif count != what.count:
         lines.append(f"{count} {kind} instead of {what.count}: the copy is not whole, or not this data set")
-    everything = [tuple(filter(None, pair)) for pairs in item.pairs.values() for pair in pairs]
-    clear = len({pair[-1] for pair in everything})
-    if what.clear and count == what.count and clear != what.clear:
+    elif what.clear not in (None, clear):
         lines.append(f"{clear} different clear images instead of {what.clear}")
     lines += item.unpaired[:3]
     if len(item.unpaired) > 3:
         lines.append(f"... and {len(item.unpaired) - 3} more without a target")
-    return lines + sort_out(everything[:: max(1, count // sample)])[1]
+    return lines + check(pairs[:: max(1, count // sample)], skip_bad=True)[1]
 
 
 def report(root):
     """What `python -m sipl_min data` prints: each data set found or missing, one line, and what is wrong below it."""
     found, lines = {item.what: item for item in find(root)}, []
     for what in SETS:
-        if what not in found:
-            place = Path(root) / what.layout()
-            lines.append(f"missing  {what.name} ({what.role}): {what.source}; put it in {place}")
-            continue
-        item = found[what]
-        wrong, places = problems(item), ", ".join(str(f) for f in item.folders[:2])
-        places += f" and {len(item.folders) - 2} more" if len(item.folders) > 2 else ""
-        lines.append(f"{'CHECK  ' if wrong else 'found  '}  {what.name} ({what.role}) in {places}")
-        lines += [f"           {line}" for line in wrong]
+        name = f"{what.name} ({what.role})"
+        if item := found.get(what):
+            wrong, more = problems(item), len(item.folders) - 2
+            places = ", ".join(map(str, item.folders[:2])) + (f" and {more} more" if more > 0 else "")
+            lines.append(f"{'CHECK  ' if wrong else 'found  '}  {name} in {places}")
+            lines += [f"           {line}" for line in wrong]
+        else:
+            lines.append(f"missing  {name}: {what.source}; put it in {Path(root) / what.layout()}")
     return lines

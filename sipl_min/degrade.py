@@ -1,9 +1,8 @@
 """Synthetic degradations, batched, with explicit random generators; and suites of them, named as in published tables.
 
-Every degradation takes clean images x (B, 3, H, W) in [0, 1] on any device and a `torch.Generator` of that device,
-draws its randomness per image, and returns the degraded batch, same shape, in [0, 1]. Where a parameter is a pair
-(low, high), each image draws its own value uniformly; a single number is used as it is. Same seed, same device: same
-result. Lengths are in pixels, angles in degrees, intensities on the 0..1 scale unless said otherwise.
+Every degradation takes clean images x (B, 3, H, W) in [0, 1] and a `torch.Generator` of their device, and returns the
+same shape in [0, 1]. Each image draws its own parameters, uniformly where a pair (low, high) is given. Same seed, same
+device: same result. Lengths are in pixels, angles in degrees, intensities on the 0..1 scale unless said otherwise.
 """
 
 import io
@@ -28,7 +27,6 @@ def uniform(x, g, spec):
 
 
 def normal(x, g):
-    """Gaussian noise of deviation 1, shaped as x."""
     return torch.randn(x.shape, generator=g, device=x.device)
 
 
@@ -62,23 +60,15 @@ def guided(guide, x, r, eps):
     return box(a, r) * guide + box(mx - a * m, r)
 
 
-def offsets(k, x):
-    """Pixel offsets from the center of a k x k kernel: (down, right), each (k, k)."""
-    r = torch.arange(k, device=x.device, dtype=x.dtype) - k // 2
-    return r[:, None].expand(k, k), r[None, :].expand(k, k)
-
-
 def scatter(x, g, density, length, angle, width):
-    """Particles on black, (B, 1, H, W): `density` points per pixel, each drawn as a soft line of random brightness.
-
-    length, width: of the line; angle: from the vertical. The brightest point gives a line of peak 1.
-    """
+    """Particles on black, (B, 1, H, W): `density` soft lines per pixel, of random brightness; angle from vertical."""
     density, length, angle, width = (uniform(x, g, s) for s in (density, length, angle, width))
     points = torch.rand(len(x), 1, *x.shape[-2:], generator=g, device=x.device) < density
     points = points * torch.rand(points.shape, generator=g, device=x.device)  # brightness
     k = 2 * int(float((length / 2 + 2 * width).max()) + 1) + 1
-    down, right = offsets(k, x)
-    sin, cos = torch.sin(torch.deg2rad(angle)), torch.cos(torch.deg2rad(angle))
+    r = torch.arange(k, device=x.device) - k // 2
+    down, right = r[:, None], r[None, :]
+    sin, cos = torch.deg2rad(angle).sin(), torch.deg2rad(angle).cos()
     along, across = down * cos + right * sin, right * cos - down * sin  # (B, 1, k, k)
     beyond = (along.abs() - length / 2).clamp(min=0)  # distance past the line's end
     return convolve(points, torch.exp(-(across**2 + beyond**2) / (2 * width**2))).clamp(min=0)
@@ -86,23 +76,17 @@ def scatter(x, g, density, length, angle, width):
 
 # ------------------------------------------------------------------------------------------ degradations
 def noise(x, g, sigma=25.0):
-    """Gaussian noise: floor(clip(255 x + sigma n, 0, 255)) / 255, n ~ N(0, 1); sigma on the 0..255 scale.
-
-    Truncated to whole numbers as in the published test protocol of AirNet (Li et al. 2022) and PromptIR.
-    """
+    """Gaussian noise, sigma on the 0..255 scale; truncated to whole numbers as by AirNet (Li et al. 2022)."""
     n = normal(x, g)
     return (255 * x + uniform(x, g, sigma) * n).clamp(0, 255).floor() / 255
 
 
 def camera_noise(x, g, log_shot=(-9.2, -4.4)):
-    """A sensor's noise, of variance shot * light + read on linear light x^2.2 (Brooks et al. 2019, CVPR).
-
-    log read ~ N(2.18 log shot + 1.2, 0.26). In half of the images the noise is smoothed in part, as by demosaicing.
-    """
+    """A sensor's noise, of variance shot * light + read on linear light x^2.2 (Brooks et al. 2019, CVPR)."""
     log_shot = uniform(x, g, log_shot)
     log_read = 2.18 * log_shot + 1.2 + 0.26 * normal(log_shot, g)
     n = normal(x, g)
-    smooth = uniform(x, g, (0.0, 1.0)) * (uniform(x, g, (0.0, 1.0)) < 0.5)
+    smooth = uniform(x, g, (0.0, 1.0)) * (uniform(x, g, (0.0, 1.0)) < 0.5)  # in half of the images, as by demosaicing
     n = (1 - smooth) * n + smooth * 3 * box(n, 1)  # a mean of 3 x 3 has a third of the deviation
     light = x**2.2
     return (light + (log_shot.exp() * light + log_read.exp()).sqrt() * n).clamp(0, 1) ** (1 / 2.2)
@@ -120,19 +104,16 @@ def jpeg(x, g, quality=(30, 95)):
 
 
 def rain(x, g, density=(0.01, 0.03), length=(15, 40), angle=(-15, 15), width=(0.5, 0.8), strength=(0.15, 0.4)):
-    """Rain streaks: x + strength * M, clipped; M gray motion-blurred points in two layers, the near one longer.
+    """Rain streaks: x + strength * M, M two layers of lines (CDD-11, Guo et al. 2024; Rain100L, Yang et al. 2017)."""
 
-    Additive model of OneRestore (Guo et al. 2024, CDD-11) and of Rain100L (Yang et al. 2017).
-    """
+    def scale(spec, by):
+        return tuple(s * by for s in spec) if isinstance(spec, tuple) else spec * by
+
     fall, mask = uniform(x, g, angle), 0
     for near in (0.6, 1.0):
         tilt = fall + uniform(x, g, (-3.0, 3.0))  # much the same direction
         mask = mask + scatter(x, g, scale(density, 0.5 / near), scale(length, near), tilt, scale(width, near))
     return (x + uniform(x, g, strength) * mask).clamp(0, 1)
-
-
-def scale(spec, by):
-    return tuple(s * by for s in spec) if isinstance(spec, tuple) else spec * by
 
 
 # Layers of snow: flakes per pixel, length, width, light. Many small ones far away, a few big ones out of focus.
@@ -144,10 +125,7 @@ FLAKES = (
 
 
 def snow(x, g, density=(0.3, 2.0), angle=(-45, 45), strength=(0.7, 1.0)):
-    """Snow: x (1 - S) + S, S in [0, 1] a mask of flakes (CDD-11 step 3; Snow100K, Liu et al. 2018).
-
-    `density` scales the number of flakes, `angle` is their common direction of fall.
-    """
+    """Snow: x (1 - S) + S, S a mask of flakes (CDD-11 step 3; Snow100K, Liu et al. 2018); density 1 for `FLAKES`."""
     fall, amount, flakes = uniform(x, g, angle), uniform(x, g, density), 0
     for count, length, width, light in FLAKES:
         tilt = fall + uniform(x, g, (-15.0, 15.0))
@@ -159,8 +137,7 @@ def snow(x, g, density=(0.3, 2.0), angle=(-45, 45), strength=(0.7, 1.0)):
 def haze(x, g, beta=(1.0, 2.0), airlight=(0.6, 0.9), depth=None):
     """Haze: x t + A (1 - t) with t = exp(-beta d); A gray (CDD-11 step 4; the model of Koschmieder 1924).
 
-    depth: d (B, 1, H, W), relative distance, 0 near to about 1 far; pixels that are NaN (unknown), or all where it
-    is None, take a random `depth_field`. CDD-11 caps d at 0.7, and so do we.
+    depth: relative distance d (B, 1, H, W), 1 far; NaN or None take a random one. As in CDD-11, d is at most 0.7.
     """
     d = depth_field(x, g)
     if depth is not None:
@@ -182,26 +159,19 @@ def depth_field(x, g):
 
 
 def blur(x, g, length=(8, 24), size=31):
-    """Camera shake: x^2.2 convolved with the path of a shaking camera, then ^(1/2.2) (GoPro, Nah et al. 2017).
-
-    The sensor averages light, not display values, hence the gamma. The path is a smooth random walk of `length`
-    pixels in 64 steps, drawn into the center of a `size` x `size` kernel of sum 1.
-    """
+    """Camera shake: light x^2.2 convolved with a smooth random walk of `length` pixels (GoPro, Nah et al. 2017)."""
     turn = torch.randn(len(x), 64, generator=g, device=x.device).cumsum(1) * 0.15
     heading = 2 * torch.pi * uniform(x, g, (0.0, 1.0))[:, :, 0, 0] + turn
     path = torch.stack([heading.sin(), heading.cos()], -1).cumsum(1) * uniform(x, g, length)[:, :, :, 0] / 64
     path = path - path.mean(1, keepdim=True)  # (B, 64, 2)
-    down, right = offsets(size, x)
-    squared = (down - path[..., 0, None, None]) ** 2 + (right - path[..., 1, None, None]) ** 2  # (B, 64, K, K)
+    r = torch.arange(size, device=x.device) - size // 2
+    squared = (r[:, None] - path[..., 0, None, None]) ** 2 + (r - path[..., 1, None, None]) ** 2  # (B, 64, K, K)
     kernel = torch.exp(-squared / (2 * 0.5**2)).sum(1, keepdim=True)
     return convolve(x**2.2, kernel / kernel.sum((-2, -1), keepdim=True)).clamp(0, 1) ** (1 / 2.2)
 
 
 def low_light(x, g, gamma=(2.0, 3.0), sigma=(0.03, 0.08)):
-    """Low light: x L^gamma / L + N(0, sigma), clipped; L the illumination (CDD-11 step 1, after LIME, Guo 2017).
-
-    L is the maximum over RGB, smoothed with the edges of the gray image; sigma on the 0..1 scale.
-    """
+    """Low light: x L^gamma / L + N(0, sigma), L the illumination (CDD-11 step 1, after LIME, Guo et al. 2017)."""
     brightest = box(x.amax(1, keepdim=True), 7)
     light = guided(x.mean(1, keepdim=True), brightest, 7, 0.01).clamp(1e-3, 1)
     n = uniform(x, g, sigma) * normal(x, g)
@@ -209,20 +179,14 @@ def low_light(x, g, gamma=(2.0, 3.0), sigma=(0.03, 0.08)):
 
 
 def dim_light(x, g, alpha=(0.9, 1.0), beta=(0.5, 1.0), gamma=(1.5, 5.0), sigma=(-0.004, 0.03)):
-    """An underexposed photo: beta (alpha x)^gamma (Lv, Li & Lu 2021, IJCV), with a little noise, in 8 bits.
-
-    sigma: deviation of the noise on the 0..1 scale; below 0 there is none.
-    """
+    """An underexposed photo: beta (alpha x)^gamma (Lv, Li & Lu 2021, IJCV), and noise where sigma > 0, in 8 bits."""
     y = uniform(x, g, beta) * (uniform(x, g, alpha) * x) ** uniform(x, g, gamma)
     y = y + uniform(x, g, sigma).clamp(min=0) * normal(x, g)
     return (255 * y).clamp(0, 255).round() / 255
 
 
 def lens_drops(x, g, density=(0.0004, 0.0015), radius=(4.0, 9.0)):
-    """Drops on the lens: inside a drop the scene is seen displaced and out of focus (RainDrop, Qian et al. 2018).
-
-    density: drops per pixel; radius of a drop in pixels. Each drop is a small lens: pixels move along its slope.
-    """
+    """Drops on the lens, which show the scene displaced and out of focus (RainDrop, Qian et al. 2018)."""
     height = scatter(x, g, density, (0.0, 3.0), (-20.0, 20.0), radius).clamp(max=1)  # (B, 1, H, W), smooth bumps
     inside = ((height - 0.3) * 10).clamp(0, 1)
     rows, columns = x.shape[-2:]
@@ -247,39 +211,36 @@ CDD11 = ["low", "haze", "rain", "snow", "low_haze", "low_rain", "low_snow", "haz
 CDD11 += ["low_haze_rain", "low_haze_snow"]
 
 # suite -> its steps in the order they happen: name -> (degradation, parameters)
-SUITES = {
-    "three_task": OUTDOOR | NOISE,
-    "five_task": {
-        **OUTDOOR,
-        "CBSD68_25": NOISE["CBSD68_25"],
-        "GoPro": (blur, {}),
-        "LOLv1": (low_light, dict(gamma=(2.5, 4.0), sigma=(0.01, 0.03))),
-    },
-    "deweather": {
-        "Snow100K-S": (snow, dict(density=(0.3, 1.0))),
-        "Snow100K-L": (snow, dict(density=(1.5, 4.0))),
-        "Outdoor-Rain": (rain, dict(density=(0.02, 0.06), strength=(0.12, 0.3))),
-        "veil": OUTDOOR["SOTS"],  # heavy rain far away is a haze
-        "RainDrop": (lens_drops, {}),
-    },
-    "cdd11": CDD,
-    "everyday": {  # for one network that is to mend all and spoil nothing: from sound photos to bad ones
-        "noise": (noise, dict(sigma=(0.0, 55.0))),
-        "camera": (camera_noise, {}),
-        "hazy": (haze, dict(beta=(0.0, 2.2), airlight=(0.7, 1.0))),
-        "streaks": (rain, STREAKS | dict(strength=(0.1, 0.6))),
-        "shake": (blur, dict(length=(2, 26))),
-        "dim": (dim_light, {}),
-        **CDD,
-        "jpeg": (jpeg, {}),
-    },
+SUITES = {"three_task": OUTDOOR | NOISE}
+SUITES["five_task"] = OUTDOOR | {
+    "CBSD68_25": NOISE["CBSD68_25"],
+    "GoPro": (blur, {}),
+    "LOLv1": (low_light, dict(gamma=(2.5, 4.0), sigma=(0.01, 0.03))),
+}
+SUITES["deweather"] = {
+    "Snow100K-S": (snow, dict(density=(0.3, 1.0))),
+    "Snow100K-L": (snow, dict(density=(1.5, 4.0))),
+    "Outdoor-Rain": (rain, dict(density=(0.02, 0.06), strength=(0.12, 0.3))),
+    "veil": OUTDOOR["SOTS"],  # heavy rain far away is a haze
+    "RainDrop": (lens_drops, {}),
+}
+SUITES["cdd11"] = CDD
+SUITES["everyday"] = {  # for one network that is to mend all and spoil nothing: from sound photos to bad ones
+    "noise": (noise, dict(sigma=(0.0, 55.0))),
+    "camera": (camera_noise, {}),
+    "hazy": (haze, dict(beta=(0.0, 2.2), airlight=(0.7, 1.0))),
+    "streaks": (rain, STREAKS | dict(strength=(0.1, 0.6))),
+    "shake": (blur, dict(length=(2, 26))),
+    "dim": (dim_light, {}),
+    **CDD,
+    "jpeg": (jpeg, {}),
 }
 SUITES["mixed"] = SUITES["three_task"] | SUITES["five_task"] | CDD  # all published tables at once
 
 # suite -> its columns: name -> the steps in it
 COLUMNS = {suite: {name: [name] for name in steps} for suite, steps in SUITES.items()}
 COLUMNS["cdd11"] = {name: name.split("_") for name in CDD11}
-COLUMNS["deweather"]["Outdoor-Rain"].append(COLUMNS["deweather"].pop("veil")[0])
+COLUMNS["deweather"]["Outdoor-Rain"] += COLUMNS["deweather"].pop("veil")
 COLUMNS["everyday"] = {"clean": []} | COLUMNS["everyday"] | COLUMNS["cdd11"]
 COLUMNS["mixed"] = COLUMNS["three_task"] | COLUMNS["five_task"] | COLUMNS["cdd11"]
 
@@ -298,17 +259,12 @@ def check_suite(suite):
 def degrade(x, g, suite, columns, depth=None):
     """Degrade each image of a batch by its own column of a suite, all images of one step together.
 
-    Args:
-        x: clean (B, 3, H, W) in [0, 1]; g: generator on x's device.
-        suite: "three_task", "five_task", "cdd11", "deweather", "mixed" or "everyday"; the columns are named as in the
-            published tables, and imitate those data sets (SOTS: haze; GoPro: motion blur; LOLv1: low light).
-        columns: B names, e.g. ["low_haze", "rain"]; depth: as in `haze`.
-    Returns (B, 3, H, W). Raises InputError for an unknown suite or column.
+    x: clean (B, 3, H, W) in [0, 1]; g: generator on its device; columns: B names, e.g. ["low_haze", "rain"]; depth: as
+    in `haze`. Returns (B, 3, H, W). Raises InputError for an unknown suite or column.
     """
     check_suite(suite)
-    for name in columns:
-        if name not in COLUMNS[suite]:
-            raise InputError(f"unknown column {name!r} in {suite}: choose one of {', '.join(COLUMNS[suite])}")
+    if unknown := [name for name in columns if name not in COLUMNS[suite]]:
+        raise InputError(f"unknown column {unknown[0]!r} in {suite}: choose one of {', '.join(COLUMNS[suite])}")
     x = x.clone()
     for step, (function, parameters) in SUITES[suite].items():
         index = [i for i, name in enumerate(columns) if step in COLUMNS[suite][name]]

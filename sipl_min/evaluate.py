@@ -252,37 +252,35 @@ KEYS = ["source", "suite", "column", "photo", "draw", "checksum", "estimate"]
 VALUES = ["psnr", "ssim", "step"]
 
 
-def measure(model, cases, steps=None, against=None, output=None, progress=True, **columns):
+def measure(model, cases, steps=None, against=None, output=None, progress=True):
     """Measure "input", "y0", ..., "yT", and the first pass of a second model `against`, named "backbone".
 
     Args:
         cases: from a maker above, or a list like it. steps: T; None takes what suits the weights.
-        output: a CSV file, to which each row is added once it is measured; the same call skips what is there. Or
-            `Rows`, whose further columns have the values `columns`.
+        output: a CSV file, to which each row is added once it is measured; the same call skips what is there.
     Returns a dict for each case and estimate, with KEYS, psnr, ssim, and of constant images `step`: the largest
         distance of a value from its color's median, in levels of 255.
     """
     steps = default_steps(model) if steps is None else steps
     models, measured = [model] if against is None else [model, against], []
-    if not isinstance(output, Rows):
-        weights = [f"{checksum(*m.state_dict().values()):08x}" for m in models]
-        output = Rows(output, KEYS, VALUES, steps=steps, weights="+".join(weights))
+    weights = "+".join(f"{checksum(*m.state_dict().values()):08x}" for m in models)
+    rows = Rows(output, KEYS, VALUES, steps=steps, weights=weights)
     names = ["input", *["backbone"][: len(models) - 1], *(f"y{t}" for t in range(steps + 1))]
     with accelerated(*models):
         for about, x, y in tqdm(cases, unit="pair", disable=not progress):
-            row = columns | about | dict(checksum=checksum(x, y))
-            found = [output.find(**row, estimate=name) for name in names]
+            about = about | dict(checksum=checksum(x, y))
+            found = [rows.find(**about, estimate=name) for name in names]
             if None in found:
                 estimates = [x, *(m.refine(x.to(next(m.parameters())), 0) for m in models[1:])]
                 estimates += model.refine(x.to(next(model.parameters())), steps, return_all=True)
-                found = [output.add(**row, estimate=n, **scores(e, y, row)) for n, e in zip(names, estimates)]
+                found = [rows.add(**about, estimate=n, **scores(e, y, about)) for n, e in zip(names, estimates)]
             measured += found
     return measured
 
 
-def scores(estimate, clean, row):
+def scores(estimate, clean, about):
     numbers = dict(psnr=psnr(estimate, clean), ssim=ssim(estimate, clean))
-    if row["column"] == "flat":
+    if about["column"] == "flat":
         colors = array(estimate).reshape(-1, 3)
         numbers["step"] = float(np.abs(colors - np.median(colors, 0)).max() * 255)
     return numbers
@@ -297,13 +295,13 @@ def checksum(*tensors):
 
 @contextmanager
 def accelerated(*models):
-    """Inside, models are fast and in evaluation mode; behind, they are as they were."""
-    before = [(m, m.training, any(type(part) in FAST.values() for part in m.modules())) for m in models]
+    """Inside, models are fast; behind, they are as they were."""
+    before = [any(type(part) in FAST.values() for part in model.modules()) for model in models]
     try:
-        yield [accelerate(m.eval()) for m in models]
+        yield [accelerate(model) for model in models]
     finally:
-        for model, training, fast in before:
-            accelerate(model.train(training), fast)
+        for model, fast in zip(models, before):
+            accelerate(model, fast)
 
 
 # ------------------------------------------------------------------------------------------------------ tables
@@ -353,15 +351,12 @@ def markdown(rows, suite):
     text = [table(rows, suite), table(rows, suite, "ssim")]
     if "*" in text[0]:
         other = "" if rows[0]["source"] == "real" else ", other images"
-        text.append(
-            f"Columns with a star are published, on the real data sets{other}: they are no results of this run."
-        )
+        text.append(f"Columns with a star are published, on the real data sets{other}, and no results of this run.")
     if any(row["psnr"] == 100 for row in rows):
         text.append("100 dB stands for equal images.")
-    steps = {}
-    for row in rows:
-        steps[row["estimate"]] = max(row.get("step", 0), steps.get(row["estimate"], 0))
-    if any(steps.values()):
+    flat = [row for row in rows if "step" in row]
+    if flat:
+        steps = {e: max(row["step"] for row in flat if row["estimate"] == e) for e in average(flat)}
         worst = ", ".join(f"{estimate} {step:.1f}" for estimate, step in steps.items())
         text.append(f"flat: largest step from the median of an image, in levels of 255: {worst}.")
     return "\n\n".join(text)

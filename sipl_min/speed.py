@@ -90,10 +90,10 @@ def job(preset, T, size, variant, dtype, device):
     return step
 
 
-def race(kinds, repeats, *work, device):
-    """Several kinds (variant, dtype) of one work in turns: a dict of seconds, faster and difference for each.
+def race(work, kinds, repeats, device):
+    """Jobs of one work (preset, T, size) in turns, one for each kind (variant, dtype): a dict of numbers for each.
 
-    difference: the largest one of its output to that of the first kind, over the largest value there.
+    difference: the largest one from the first kind's output, over the largest value there.
     """
     jobs = [job(*work, *kind, device) for kind in kinds]
     outputs = [function().float() for function in jobs]  # the first calls also warm up
@@ -112,36 +112,38 @@ def seconds(function):
     return perf_counter() - start
 
 
-def peak(*work, device):
-    """Megabytes above the weights at the peak of a job; None where the system, or the compiler's own memory, hides it."""
-    function = job(*work, device)
+def peak(work, kind, device):
+    """Megabytes above the weights at the peak of a job; None where the system, or a compiler at work, hides it."""
+    function = job(*work, *kind, device)
     if "cuda" in device:
         weights = torch.cuda.memory_allocated(device)
         function()  # the first call also compiles, and tries algorithms
         torch.cuda.reset_peak_memory_stats(device)
         function()
         return (torch.cuda.max_memory_allocated(device) - weights) / 1e6
-    status = Path("/proc/self/status")
-    if "compiled" in work or not status.exists():
+    if "compiled" in kind or not STATUS.exists():
         return None
-
-    def resident(kind):  # VmRSS: now; VmHWM: at most so far
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024 / 1e6
-
-    weights = resident("VmRSS")
+    weights = resident("VmRSS")  # now
     function()
-    return resident("VmHWM") - weights
+    return resident("VmHWM") - weights  # the most there has been
 
 
-def alone(function, *args, **options):
-    """function(*args, **options) in a new process, which remembers no earlier work."""
+STATUS = Path("/proc/self/status")  # on Linux
+
+
+def resident(name):
+    lines = STATUS.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e6
+
+
+def alone(function, *args):
+    """function(*args) in a new process, which remembers no earlier work."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args, **options).result()
+        return pool.submit(function, *args).result()
 
 
-def measure(rows, kinds, repeats, *work, device):
-    """Rows of all kinds (variant, dtype) of one work (preset, T, size), measured and added if `rows` lacks any.
+def measure(rows, work, kinds, repeats, device):
+    """Rows of all kinds (variant, dtype) of one work (preset, T, size), measured and added where `rows` lacks any.
 
     What does not run, most likely for lack of memory, has `failed` instead of numbers, the first line of the error.
     """
@@ -151,11 +153,11 @@ def measure(rows, kinds, repeats, *work, device):
     results = []
     for kind in kinds:
         try:
-            results.append(dict(megabytes=alone(peak, *work, *kind, device=device)))
+            results.append(dict(megabytes=alone(peak, work, kind, device)))
         except RuntimeError as e:  # also where the process was killed
             results.append(dict(failed=str(e).split("\n")[0]))
     running = [i for i, result in enumerate(results) if "failed" not in result]
-    times = alone(race, [kinds[i] for i in running], repeats, *work, device=device) if running else []
+    times = alone(race, work, [kinds[i] for i in running], repeats, device) if running else []
     for i, found in zip(running, times):
         results[i] |= found if running[0] == 0 else dict(seconds=found["seconds"])  # no first kind, no ratios
         if results[0].get("megabytes") and results[i]["megabytes"]:
@@ -172,26 +174,25 @@ def main(arguments=None):
     parser = argparse.ArgumentParser("python -m sipl_min.speed", description="Seconds and memory of each variant.")
     several = partial(parser.add_argument, nargs="+")
     several("--presets", choices=PRESETS, default=["nano", "small"])
-    several(
-        "--T", choices=["train", *map(str, range(10))], default=["1"], help="refinement steps; train: a training step"
-    )
+    several("--T", choices=["train", *"0123456789"], default=["1"], help="refinement steps, or train: a training step")
     several("--sizes", type=int, default=[256, 512], help="pixels a side")
     several("--variants", choices=VARIANTS, default=["released", "plain", "fast"])
     several("--dtypes", choices=DTYPES, default=[*DTYPES])
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each, of which the median counts")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
-    parser.add_argument("--output", help="a CSV file")
+    parser.add_argument("--output", help="a CSV file; what it holds is not measured again")
     options = parser.parse_args(arguments)
+    if options.repeats < 1 or min(options.sizes) < 16:
+        parser.error("--repeats must be at least 1, and --sizes at least 16")
+    kinds = list(product(options.variants, options.dtypes))
     try:
         device = str(pick_device(options.device))
         name = torch.cuda.get_device_name(device) if "cuda" in device else device
-        about = dict(device=name, threads=torch.get_num_threads(), repeats=options.repeats, torch=torch.__version__)
-        rows = Rows(options.output, KEYS, VALUES, **about)
-        print(f"{rows.run}; ratios to {options.variants[0]}, {options.dtypes[0]}")
-        print(line({name: name for name in KEYS + VALUES}))
-        kinds = list(product(options.variants, options.dtypes))
+        about = dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__, repeats=options.repeats)
+        rows = Rows(options.output, KEYS, VALUES, **about, ratios_to=", ".join(kinds[0]))
+        print(rows.run, line({name: name for name in KEYS + VALUES}), sep="\n")
         for work in product(options.presets, options.T, options.sizes):
-            print(*map(line, measure(rows, kinds, options.repeats, *work, device=device)), sep="\n")
+            print(*map(line, measure(rows, work, kinds, options.repeats, device)), sep="\n", flush=True)
     except InputError as e:
         parser.error(str(e))
 

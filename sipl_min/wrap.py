@@ -5,6 +5,7 @@ import math
 import threading
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from .sipl import SIPL, ProxyFusion
 class Taps:
     """The settings of a wrapped network. A tuple has one item per scale."""
 
-    encoder: tuple  # names of the modules whose outputs are the privileged features
-    decoder: tuple  # names of the modules behind which Proxy Fusion writes
+    encoder: tuple  # names of modules
+    decoder: tuple
     encoder_channels: tuple
     decoder_channels: tuple
     dictionary_size: tuple
@@ -31,32 +32,27 @@ class Taps:
     fusion: bool = True
 
 
-@dataclass
-class NoEncoder:
-    """Stands where SIPL has its encoder: the network is one piece, so its encoder runs again in every pass."""
-
-    multiple: int
-    padding: str = "reflect"
-
-    def __call__(self, x):
-        return None
-
-
 class Wrapped(SIPL):
     """A `SIPL` whose backbone is `net`; made by `SIPL.wrap`. Between calls, `net` carries no hook."""
 
     def __init__(self, net, taps):
         nn.Module.__init__(self)
-        self.settings, self.net, self.encoder = taps, net, NoEncoder(taps.multiple)
+        self.settings, self.net = taps, net
         self.fusion = nn.ModuleList()
         each = (taps.decoder_channels, taps.dictionary_size, taps.read_heads, taps.write_heads, taps.encoder_channels)
-        for dim, size, read_heads, write_heads, context_dim in zip(*each, strict=True):
-            heads = (read_heads, write_heads, taps.identity_start)
-            self.fusion.append(ProxyFusion(dim, size, taps.dictionary_std, *heads, context_dim))
+        for dim, size, *heads, context_dim in zip(*each, strict=True):
+            if dim % heads[0] or dim % heads[1]:
+                raise InputError(f"read_heads, write_heads: {dim} channels need heads that divide them")
+            self.fusion.append(ProxyFusion(dim, size, taps.dictionary_std, *heads, taps.identity_start, context_dim))
         self.fusion.to(next(net.parameters(), torch.empty(0)).dtype)
 
     def pad(self, x, multiple=1):
         return super().pad(x, math.lcm(multiple, self.settings.multiple))
+
+    def encoder(self, x):
+        return None  # the network is one piece: the decoder runs all of it
+
+    encoder.multiple, encoder.padding = 1, "reflect"
 
     def privileged(self, image):
         found = {}
@@ -73,9 +69,8 @@ class Wrapped(SIPL):
         gradients = torch.is_grad_enabled()
 
         def write(name, h):
-            if gradients and not torch.is_grad_enabled():  # in backward it would run again, without Proxy Fusion
-                text = "runs under activation checkpointing, where its gradients would be wrong"
-                raise InputError(f"module {name!r} {text}: turn that off, or name modules outside it")
+            if gradients and not torch.is_grad_enabled():  # it would run again in backward, without Proxy Fusion
+                raise InputError(f"module {name!r} runs under activation checkpointing: turn that off, or name another")
             return fuse(self.settings.decoder.index(name), h)
 
         return run(self.net, x, self.settings.decoder, write)
@@ -90,19 +85,16 @@ LOCK = threading.RLock()  # threads may share a network, and hooks with it: wrap
 
 def run(net, x, names, see):
     """net(x), where see(name, output) sees the output of each named module, and replaces it if it returns another."""
-    modules, thread, ran, y = [net.get_submodule(name) for name in names], threading.get_ident(), [], None
+    thread, ran, y = threading.get_ident(), [], None
 
-    def hook(name):
-        def call(module, inputs, output):
-            if threading.get_ident() == thread:
-                ran.append(name)
-                return see(name, output)
-
-        return call
+    def hook(name, module, inputs, output):
+        if threading.get_ident() == thread:
+            ran.append(name)
+            return see(name, output)
 
     with LOCK, ExitStack() as stack, suppress(Reached):
-        for name, module in zip(names, modules):
-            stack.enter_context(module.register_forward_hook(hook(name)))
+        for name in names:
+            stack.enter_context(net.get_submodule(name).register_forward_hook(partial(hook, name)))
         y = net(x)
     for name in names:
         if (times := ran.count(name)) != 1:
@@ -116,16 +108,13 @@ def wrap(net: nn.Module, encoder: list[str], decoder: list[str], example: torch.
     """SIPL around any network: features are read, and fused, behind modules found by their names.
 
     Args:
-        net: maps (B, 3, H, W) to the same shape. It is used, not copied: training the model trains it, and in
-            training mode every pass feeds its running statistics.
+        net: maps (B, 3, H, W) to the same shape. It is used, not copied, so training the model trains it.
         encoder: names, as in `net.named_modules()`, of the modules whose outputs are the privileged features.
         decoder: as many names: behind each, Proxy Fusion writes. Pairs are made by resolution where possible.
         example: an image (B, 3, H, W) for one dry run, which tells channels and resolutions.
-        options: `multiple`, to whose multiples images are padded (8; those of `example` are as they should be);
-            dictionary_size, read_heads, write_heads, each one number per scale; dictionary_std, identity_start (see
-            `Settings`; True suits a trained net: the first pass is then the network's own).
-    Raises InputError for modules whose outputs are no features, which do not run just once, or in a wrong order.
-    """
+        options: fields of `Taps`: multiple, dictionary_size, read_heads, write_heads, dictionary_std; identity_start
+            (True: the first pass is the network's own).
+    Raises InputError for modules whose outputs are no features, which do not run just once, or in a wrong order."""
     shapes = dry_run(net, encoder, decoder, example)
     sizes = [shapes[name][-2:] for name in encoder]
     if len({*sizes}) == len(sizes) and {*sizes} == {shapes[name][-2:] for name in decoder}:
@@ -135,9 +124,6 @@ def wrap(net: nn.Module, encoder: list[str], decoder: list[str], example: torch.
     # as many entries as the preset nano has at a resolution: 16 x 16 at 1/2, 8 x 8 at 1/4, ...
     found["dictionary_size"] = [max(2, min(32, round(32 * width / example.shape[-1]))) for _, width in sizes]
     taps = Taps(**{name: tuple(v) if isinstance(v, list) else v for name, v in (found | options).items()})
-    for read, write, dim in zip(taps.read_heads, taps.write_heads, taps.decoder_channels):
-        if dim % read or dim % write:
-            raise InputError(f"read_heads, write_heads: {dim} channels need heads that divide them")
     with next(net.parameters(), example).device:  # new tensors are made there
         return Wrapped(net, taps)
 
@@ -157,8 +143,7 @@ def dry_run(net, encoder, decoder, example):
     net = copy.deepcopy(net).eval()  # no running statistic may change
     run(net, example.to(next(net.parameters(), example)), list(dict.fromkeys([*encoder, *decoder])), look)
     order = list(shapes)
-    last = max(encoder, key=order.index)
-    for name in decoder:
-        if order.index(name) < order.index(last):  # privileged features would depend on what Proxy Fusion writes
-            raise InputError(f"decoder module {name!r} runs before encoder module {last!r}: name one that runs later")
+    first, last = min(decoder, key=order.index), max(encoder, key=order.index)
+    if order.index(first) < order.index(last):  # privileged features would depend on what Proxy Fusion writes
+        raise InputError(f"decoder module {first!r} runs before encoder module {last!r}: name one that runs later")
     return shapes

@@ -1,0 +1,57 @@
+"""The study: what stands in for the privileged image, equal compute, seeds that resume."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import rand
+
+from sipl_min import SIPL, InputError, study
+from sipl_min.degrade import generator
+
+
+@torch.no_grad()
+def test_proxies_are_made_of_what_their_names_say(model):
+    x, y, other = rand(1, 3, 32, 32), rand(1, 3, 32, 32, seed=1), rand(1, 3, 32, 32, seed=2)
+    constant = study.constant_proxies(model, [x, other])
+    found = study.proxies_from(model, x, y, other, constant, generator(9))
+    first = study.restore_with(model, x, found["D"])
+    assert torch.equal(first, model(x))
+    assert torch.allclose(study.restore_with(model, x, found["estimate"]), model.refine(x, 1), atol=1e-6)
+    assert torch.allclose(study.restore_with(model, x, found["clean"]), model(x, model.privileged(y)), atol=1e-6)
+    means = [p.mean((-2, -1)) for p in found["D - mean"]]
+    assert max(float(m.abs().max()) for m in means) < 1e-6 and all(p.abs().sum() == 0 for p in found["zero"])
+    mean = [(a + b) / 2 for a, b in zip(*(model.proxies(model.privileged(model(i))) for i in (x, other)))]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(constant, mean))
+    results = [study.restore_with(model, x, proxies) for proxies in found.values()]
+    assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+
+
+def test_the_share_between_images_is_zero_for_a_constant_and_larger_for_more(model):
+    same, other = rand(1, 3, 32, 32), rand(1, 3, 32, 32, seed=1)
+    assert max(study.share_between_images(model, [same, same])) < 1e-6
+    between = study.share_between_images(model, [same, other])
+    assert len(between) == 3 and min(between) > 1e-6 and max(between) < 2
+
+
+def test_equal_compute_is_equal():
+    target = study.operations(SIPL("nano", dim=8), 1)
+    wide = SIPL("nano", dim=study.wider(8), fusion=False)
+    assert study.operations(wide) / target == pytest.approx(1, abs=0.15)
+    assert study.operations(SIPL("nano", dim=8), 2) > target > study.operations(SIPL("nano", dim=8, fusion=False))
+
+
+@pytest.mark.parametrize("question", ["who", "capacity"])
+def test_a_study_runs_resumes_and_reports(question, tmp_path, monkeypatch):
+    monkeypatch.setitem(study.QUESTIONS, question, (study.QUESTIONS[question][0], ["unroll"]))
+    monkeypatch.setattr(study, "COLUMNS", {"cdd11": {"haze": ["haze"], "rain": ["rain"]}})
+    photo = {"one": np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8)}
+    monkeypatch.setattr(study, "held_out", lambda: photo)
+    arguments = dict(folder=tmp_path, seeds=2, num_steps=2, size=48, progress=False)
+    rows = study.run(question, **arguments)
+    before = (tmp_path / f"{question}.csv").read_bytes()
+    assert study.run(question, **arguments) == rows and (tmp_path / f"{question}.csv").read_bytes() == before
+    assert {row["seed"] for row in rows} == {0, 1} and all(np.isfinite(row["psnr"]) for row in rows)
+    text = study.report(rows)
+    assert "| unroll |" in text and " ± " in text and ("unlike training" in text) == (question == "who")
+    with pytest.raises(InputError, match="num_steps=2"):
+        study.run(question, **arguments | dict(num_steps=3))
