@@ -99,7 +99,7 @@ def parse(arguments):
     )
     c.add_argument("--images", help="a folder of clean photos (default: the embedded images)")
     c.add_argument("--pairs", nargs=2, metavar=("INPUTS", "TARGETS"), help="two folders of degraded and clean photos")
-    c.add_argument("--skip-bad", action="store_true", help="leave out pairs that cannot be used")
+    c.add_argument("--skip-bad", action="store_true", help="leave out photos and pairs that cannot be used")
     c.add_argument("--data", help="a folder with the public data sets: train on their pairs")
     recipes = ["authors", "privilege", "unroll", "backbone"]
     c.add_argument("--recipe", choices=recipes, help="(default: authors, or that of the weights)")
@@ -209,9 +209,12 @@ def train(options):
         if options.recipe not in (None, "backbone") and not model.fusion:  # starts as good as the backbone is
             about, model = model.about, files.from_backbone(model, identity_start=True)
             model.about = {"num_steps": about.get("num_steps", 0)}
-    images = options.images
+    images = None
     if options.data:
-        images = data.Images(**datasets.training(options.data, options.suite or "cdd11"), cache=2**33)
+        found = datasets.training(options.data, options.suite or "cdd11", skip_bad=options.skip_bad)
+        images = data.Images(**found, cache=2**33, skip_bad=options.skip_bad)
+    elif options.images:
+        images = data.Images(options.images, skip_bad=options.skip_bad)
     if options.pairs:
         size = chosen.get("crop_size", training.Options.crop_size)
         images = data.Pairs(*options.pairs, crop_size=size, skip_bad=options.skip_bad)

@@ -81,7 +81,7 @@ def test_the_rest(tmp_path, capsys):
     "command, message",
     [
         (["restore", "nowhere.png", "o.png"], "no file 'nowhere.png'"),
-        (["restore", "nowhere.png", "o.png", "--weights", "none"], "no weights at 'none'"),
+        (["restore", "nowhere.png", "o.png", "--weights", "none"], "'none': no such file"),
         (["demo", "--suite", "snowy"], "unknown suite 'snowy'"),
         (["demo", "--device", "gpu"], "device 'gpu' cannot be used here"),
         (["benchmark", "cdd11", "--output", "x.txt"], "ends in .csv"),
