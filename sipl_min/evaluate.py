@@ -10,7 +10,6 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from . import datasets
 from .data import hash_seed, held_out, installed, load
 from .degrade import COLUMNS, check_suite, degrade, generator, jpeg, noise
-from .fast import FAST, accelerate
+from .fast import accelerated
 from .files import InputError, asset
 from .photos import read, to_tensor
 from .weights import default_steps
@@ -291,17 +290,6 @@ def checksum(*tensors):
     for t in tensors:
         value = zlib.crc32(t.detach().float().cpu().numpy().tobytes(), value)
     return value
-
-
-@contextmanager
-def accelerated(*models):
-    """Inside, models are fast; behind, they are as they were."""
-    before = [any(type(part) in FAST.values() for part in model.modules()) for model in models]
-    try:
-        yield [accelerate(model) for model in models]
-    finally:
-        for model, fast in zip(models, before):
-            accelerate(model, fast)
 
 
 # ------------------------------------------------------------------------------------------------------ tables

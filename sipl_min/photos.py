@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin
 from tqdm import tqdm
 
-from .fast import FAST, accelerate
+from .fast import accelerated
 from .files import InputError, Name, atomic_write
 
 JPEG, TIFF = (".jpg", ".jpeg", ".jpe", ".jfif"), (".tif", ".tiff")
@@ -225,12 +225,8 @@ def restore(model, photo, steps=None, feedback="privilege", tile=None, overlap=6
     x = to_tensor(photo) if isinstance(photo, np.ndarray) else batch(photo)
     side = window_side(model, x.shape, tile, overlap)
     own = next(model.parameters())  # of the model's device and dtype
-    fast = any(type(m) in FAST.values() for m in model.modules())
-    accelerate(model)
-    try:
+    with accelerated(model):
         y = windows(lambda part: model.refine(part.to(own), steps, feedback).to(x), x, side, overlap, progress)
-    finally:
-        accelerate(model, fast)
     if not y.isfinite().all():
         raise InputError(f"the result is not finite: {own.dtype} overflows, use float32, or the weights are broken")
     if isinstance(photo, np.ndarray):

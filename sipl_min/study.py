@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from .data import Images, held_out
 from .degrade import COLUMNS, degrade, generator, haze, jpeg, noise
-from .evaluate import Rows, accelerated, center, pair, psnr
+from .evaluate import Rows, center, pair, psnr
+from .fast import accelerated
 from .files import InputError, atomic_write
 from .photos import find, read
 from .sipl import SIPL

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -259,7 +260,10 @@ def test_keep_is_hardly_damaged_and_shows_who_leaves_it_alone():
     assert means["input"] == pytest.approx(means["y0"])
     assert all(means["y0"][column] == 100 for column in ("clean", "dark", "flat"))
     assert means["input"]["noise5"] == pytest.approx(20 * np.log10(255 / 5), abs=0.4)
-    assert 28 < means["input"]["jpeg60"] < means["input"]["jpeg90"] < 50
+    for column, quality in (("jpeg60", 60), ("jpeg90", 90)):
+        x, y = next((x, y) for about, x, y in keep(size=48) if about["column"] == column)
+        file = iio.imwrite("<bytes>", (y[0].permute(1, 2, 0) * 255).byte().numpy(), extension=".jpg", quality=quality)
+        assert np.array_equal((x[0].permute(1, 2, 0) * 255).round(), iio.imread(file, extension=".jpg")), column
     photos = {r["photo"] for r in rows}
     assert {"chelsea", "retina", "hubble_deep_field", "gray 0", "orange"} <= photos
     assert {r["step"] for r in rows if r["column"] == "flat"} == {0.0} and "step" not in rows[0]

@@ -9,6 +9,7 @@ from conftest import rand, tiny
 
 from sipl_min import SIPL, speed
 from sipl_min.evaluate import Rows
+from sipl_min.sipl import CrossAttention, LayerNorm2d
 
 WORK = ("nano", "1", 32)
 
@@ -27,6 +28,7 @@ def test_as_released_is_the_same_network_called_as_a_whole(backbone):
     expected = model.refine(x, 2, return_all=True)
     state = model.state_dict()
     released = speed.as_released(model)
+    assert not {LayerNorm2d, CrossAttention, SIPL} & {type(module) for module in released.modules()}
     released.encoder.register_forward_hook(lambda *_: calls.append(1))
     for a, b in zip(released.refine(x, 2, return_all=True), expected, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
@@ -55,6 +57,15 @@ def test_all_kinds_do_the_same_work(T, small):
         assert result["seconds"] > 0 and result["faster"] > 0
         assert result["difference"] < (1e-4 if dtype == "float32" else 0.1)
     assert results["plain", "bfloat16"]["difference"] > 1e-4, "it does compute in bfloat16"
+
+
+def test_ratios_are_medians_of_rounds(monkeypatch):
+    clock = iter([8.0, 2.0, 9.0, 3.0, 30.0, 2.0])  # the third round was disturbed
+    monkeypatch.setattr(speed, "job", lambda *_: lambda: torch.ones(3))
+    monkeypatch.setattr(speed, "seconds", lambda function: next(clock))
+    first, second = speed.race(WORK, [("plain", "float32"), ("fast", "float32")], 3, "cpu")
+    assert first == dict(seconds=9.0, faster=1.0, difference=0.0)
+    assert second == dict(seconds=2.0, faster=4.0, difference=0.0)
 
 
 def test_a_step_of_training_finds_gradients(small):
