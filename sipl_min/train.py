@@ -9,7 +9,6 @@ import math
 import os
 import re
 import signal
-import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -113,7 +112,7 @@ class Options:
 
 SAVING = ("save_every", "save_minutes", "validate_every")
 # What may be another when a training goes on: it changes no number, or somebody has a reason.
-FREE = (*SAVING, "num_steps", "lr", "grad_clip", "accumulate", "processes", "num_workers", "autocast", "command")
+FREE = (*SAVING, "num_steps", "lr", "grad_clip", "accumulate", "processes", "num_workers", "autocast")
 
 # The authors' schedule is not published. "paper" is PromptIR's: 150 epochs of some 4,400 batches, warm-up in a tenth.
 SCHEDULES = {"nano": {}, "small": {}}
@@ -277,18 +276,18 @@ class Stop:
 
     asked = False
 
-    def ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, self.before)  # a second Ctrl-C stops at once
-
     def __enter__(self):
-        self.main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
-        if self.main:
-            self.before = signal.signal(signal.SIGINT, self.ask)
+        self.before = signal.getsignal(signal.SIGINT)
+        with contextlib.suppress(ValueError):  # only in the main thread can signals be handled
+            signal.signal(signal.SIGINT, self.ask)
         return self
 
+    def ask(self, *_):
+        self.asked = True
+        self.__exit__()  # a second Ctrl-C stops at once
+
     def __exit__(self, *_):
-        if self.main:
+        with contextlib.suppress(ValueError):
             signal.signal(signal.SIGINT, self.before)
 
 
@@ -314,7 +313,7 @@ def find_data(data, o):
     if isinstance(data, Images):
         check_suite(o.suite)
         if strange := sorted({*data.pairs} - {*COLUMNS[o.suite]}):
-            raise InputError(f"images.pairs has columns that suite {o.suite!r} has not: {', '.join(strange)}")
+            raise InputError(f"there are pairs of {', '.join(strange)}, not in suite {o.suite!r}: pass one that has it")
     return data
 
 
@@ -402,10 +401,11 @@ def compare(folder, state, run):
     was, now, changes = state["run"], run, []
     path = repr(str(folder / "checkpoint.pt"))
     if now["num_steps"] < state["step"]:
-        raise InputError(f"{path} has {state['step']} steps behind it: pass num_steps={state['step']} or more")
+        done = state["step"]
+        raise InputError(f"{path} has {done} steps behind it: pass num_steps={done} (--steps {done}) or more")
     for name, new in (now | now["settings"]).items():
         old = (was | was["settings"]).get(name, new)
-        if old == new or name == "settings":
+        if old == new or name in ("settings", "command"):
             continue
         if name == "images" and counts(new) < counts(old):
             changes.append(f"{(counts(old) - counts(new)).total()} images or pairs left out")
