@@ -16,7 +16,7 @@ from .files import atomic_write
 SUITES = "three_task, five_task, cdd11, deweather, mixed, everyday"
 
 TRAINING = (  # options of train.fit: name, older names, type, help
-    ("steps", (), int, "training steps"),
+    ("steps", ("--num-steps",), int, "training steps"),
     ("batch-size", ("--count",), int, "crops in a batch, of all processes together"),
     ("crop-size", ("--size",), int, "pixels a side of a crop"),
     ("lr", ("--peak",), float, "highest learning rate"),
@@ -27,6 +27,7 @@ TRAINING = (  # options of train.fit: name, older names, type, help
     ("save-every", (), int, "steps between checkpoints"),
     ("save-minutes", (), float, "minutes between checkpoints"),
     ("accumulate", (), int, "work on a batch in so many parts, for lack of memory"),
+    ("num-workers", (), int, "processes that load pairs"),
     ("ema", (), float, "decay of a moving average of the weights, e.g. 0.999, which then is the result"),
     ("mild", (), float, "share of the crops that are degraded only in part"),
     ("validate-every", (), int, "log PSNR of the embedded held-out photos every so many steps"),
@@ -106,7 +107,7 @@ def parse(arguments):
     c.add_argument("--suite", "--setting", help=f"{SUITES} (default: cdd11, or that of the weights)")
     for name, old, kind, text in TRAINING:
         c.add_argument(f"--{name}", *old, type=kind, help=text)
-    c.add_argument("--autocast", action="store_true", default=None, help="compute in bfloat16 (default: on CUDA only)")
+    c.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="in bfloat16 (default: on CUDA only)")
     c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
 
     c = command(benchmark, "PSNR and SSIM on each column of a suite, the published table beside.")
@@ -209,9 +210,9 @@ def train(options):
         if options.recipe not in (None, "backbone") and not model.fusion:  # starts as good as the backbone is
             about, model = model.about, files.from_backbone(model, identity_start=True)
             model.about = {"num_steps": about.get("num_steps", 0)}
-    images = None
+    images, suite = None, options.suite or training.finetune_options(model).get("suite", "cdd11")
     if options.data:
-        found = datasets.training(options.data, options.suite or "cdd11", skip_bad=options.skip_bad)
+        found = datasets.training(options.data, suite, skip_bad=options.skip_bad)
         images = data.Images(**found, cache=2**33, skip_bad=options.skip_bad)
     elif options.images:
         images = data.Images(options.images, skip_bad=options.skip_bad)
@@ -219,7 +220,7 @@ def train(options):
         size = chosen.get("crop_size", training.Options.crop_size)
         images = data.Pairs(*options.pairs, crop_size=size, skip_bad=options.skip_bad)
     if options.validate_every:
-        chosen["validate"] = functools.partial(validate, suite=options.suite or "cdd11")
+        chosen["validate"] = functools.partial(validate, suite=suite)
     with training.processes(options.device) as (device, first):
         if first:
             print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")

@@ -71,10 +71,9 @@ class FastBlock(Block):
 def attend_channels(attention, norm, x):
     """x + attention(norm(x)) for Restormer's channel attention."""
     C = x.shape[1]
-    v, sums = None, Sums(attention.heads)
+    v, sums = torch.empty_like(x, memory_format=torch.channels_last), Sums(attention.heads)
     for place, tile, inner in tiles(x, 3 * C, halo=1):
         qkv = attention.qkv(norm(tile))[inner]
-        v = torch.empty_like(x, dtype=qkv.dtype, memory_format=torch.channels_last) if v is None else v
         v[place] = qkv[:, 2 * C :]
         sums.add(*qkv[:, : 2 * C].chunk(2, dim=1))
     matrix = sums.matrix(attention)

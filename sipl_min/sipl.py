@@ -3,9 +3,9 @@
 Method:   Wu, Jiang, Jiang & Liu 2025, arXiv 2505.24207.
 Backbone: PromptIR (Potlapalli et al., NeurIPS 2023), which is Restormer (Zamir et al., CVPR 2022) with prompts.
 
-P are encoder features of a better image than the input x. Proxy Fusion reads them into a learned Privileged Dictionary
-D and writes the result, the proxy Read(D, P), into the decoder. In training the better image is the clean one. At test
-time it is the network's own estimate: y_0 = f(x; D), then y_t = f(x; Read(D, E(y_{t-1}))), where E is the encoder.
+P are encoder features of a better image than the input x. Read takes them into a learned Privileged Dictionary D; Write
+brings the result, the proxy Read(D, P), or without P just D, into the decoder. f(x; proxy) is the whole network, E its
+encoder. At test time the better image is its own estimate: y_0 = f(x; D), y_t = f(x; Read(D, E(y_{t-1}))), t = 1..T.
 Shapes in comments: B images, C channels, H x W pixels, d = settings.dim."""
 
 import importlib
@@ -38,18 +38,19 @@ class Settings:
     decoder_blocks: tuple = (1, 1, 1, 1)  # NAFNet only: blocks at 1/8, 1/4, 1/2, full resolution
     fusion: bool = True  # False: the backbone alone, without dictionary and Proxy Fusion
     dictionary_size: tuple = (64, 32, 16)  # a dictionary has size x size entries
-    dictionary_std: float = 0.02  # of its random start; the released code starts from 0 and loses its first step
+    dictionary_std: float = 0.02  # of its random start; from 0, as released, the first gradient is 1e9 times too large
     read_heads: tuple = (1, 2, 1)
     write_heads: tuple = (1, 2, 4)
-    identity_start: bool = False  # True: an untrained Write changes nothing
+    identity_start: bool = False  # True: Write adds to h itself, and an untrained Write adds nothing
 
     def __post_init__(self):
         for f in fields(self):
             value, like = getattr(self, f.name), f.default
-            if not isinstance(value, (type(like), int)) or isinstance(like, tuple) and len(value) != len(like):
+            good = isinstance(value, (float, int) if isinstance(like, float) else type(like))
+            if not good or (isinstance(like, tuple) and len(value) != len(like)):
                 raise ValueError(f"setting {f.name}={value!r} cannot work: it must be like {like!r}")
         for d, *heads in zip(self.dims, self.heads, (1, *self.read_heads), (1, *self.write_heads)):
-            if any(d % h for h in heads):
+            if any(h < 1 or d % h for h in heads):  # level 0 has no Proxy Fusion
                 raise ValueError(f"settings heads, read_heads, write_heads: {d} channels need heads that divide them")
 
     @property
@@ -224,7 +225,7 @@ class Prompt(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Restormer's decoder, with PromptIR's prompts if configured. i = 0, 1, 2 is the scale 1/2, 1/4, 1/8."""
+    """Restormer's decoder, with PromptIR's prompts if configured. Step i fuses at scale 1/2, 1/4, 1/8, then goes up."""
 
     def __init__(self, s):
         super().__init__()
@@ -237,7 +238,7 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList(level(*args, s.expansion) for args in zip((d2, d2, d3), s.heads, s.blocks))
         self.refinement, self.output = level(d2, s.heads[0], s.refinement, s.expansion), conv3x3(d2, 3)
 
-    def adapt(self, i, h, x):  # what the backbone itself does at each scale
+    def adapt(self, i, h, x):  # what the backbone itself does at each scale; AdaIR looks at x
         return h if self.prompts is None else self.prompts[i](h)
 
     def forward(self, x, features, fuse):
@@ -285,8 +286,8 @@ class SIPL(nn.Module):
     def proxies(self, privileged: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
         """Read(D, P) at each scale, shaped as D: (B, 2d, S, S), (B, 4d, ...), (B, 8d, ...); without P, D itself."""
         if privileged is None:
-            return [f.dictionary for f in self.fusion]
-        return [f.read(f.dictionary, p) for f, p in zip(self.fusion, privileged, strict=True)]
+            return [scale.dictionary for scale in self.fusion]
+        return [scale.read(scale.dictionary, p) for scale, p in zip(self.fusion, privileged, strict=True)]
 
     def decode(self, x, features, proxies):
         """f(x; proxies), for a padded image x and its features E(x)."""
@@ -301,13 +302,12 @@ class SIPL(nn.Module):
         """Yield y_0 = f(x; D), then y_1, ..., y_T for T = `steps`. Gradients flow through all of it.
 
         feedback="privilege", the paper's equations: y_t = f(x; Read(D, E(y_{t-1}))), where E(x) is computed once.
-        feedback="chain", the loop of the released code: y_t becomes the next input x, with a first pass of its own.
+        feedback="chain", the released code: x becomes y_{t-1} for t > 1, and y_t = f(x; Read(D, E(f(x; D)))).
         Raises ValueError for another feedback, steps that cannot be counted, and steps without Proxy Fusion."""
         known("feedback", feedback, ("privilege", "chain"))
         if steps < 0 or steps != int(steps) or steps and not self.fusion:
             raise ValueError(f"steps={steps}: it must be a whole number from 0, and 0 where there is no Proxy Fusion")
-        H, W = x.shape[-2:]
-        x = self.pad(x, 16 if feedback == "chain" else 1)  # 16 as in the released loop
+        (H, W), x = x.shape[-2:], self.pad(x, 16 if feedback == "chain" else 1)  # 16 as in the released loop
         features = self.encoder(x)
         y = self.decode(x, features, self.proxies())
         yield y[..., :H, :W]

@@ -124,7 +124,7 @@ def unwrap(content, header):
     run = content.get("run")
     if isinstance(run, dict) and "settings" in run:
         about = {key: run[key] for key in ("recipe", "suite", "num_steps") if key in run}
-        header = {"settings": run["settings"], "about": about}
+        header = {"settings": run["settings"], "about": content.get("about", about)}
         content = content.get("average") or content["model"]  # the average is what was validated
         content = {n.removeprefix("module."): t for n, t in content.items() if n != "n_averaged"}
     for key in ("state_dict", "model_state_dict", "model", "params_ema", "params"):

@@ -66,12 +66,14 @@ def test_half_precision_stays_finite(backbone, dtype):
     assert first is None or first.isfinite().all() and relative(y.float(), first.float()) < 0.1
 
 
-def test_autocast_stays_near_float32(model):
+def test_autocast_stays_near_float32_and_keeps_its_residuals(model):
     x = rand(1, 3, 64, 96)
     expected = model.refine(x)
     for m in (model, accelerate(model)):
         with torch.autocast("cpu", torch.bfloat16):
             assert relative(m.refine(x).float(), expected) < 0.05
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert model.encoder.levels[0](model.encoder.embed(x).float()).dtype == torch.float32
 
 
 class Largest(TorchDispatchMode):
