@@ -309,7 +309,7 @@ def published(suite, value="psnr"):
     return {row["method"]: row[value] for row in tables.get(suite, {}).get("rows", [])}
 
 
-def table(rows, suite, value="psnr", methods=("PromptIR", "AdaIR", "SIPL+PromptIR (claim)")):
+def table(rows, suite, value="psnr", methods=("PromptIR", "AdaIR")):
     """A table of `psnr` (dB) or `ssim`, a line for each column of the suite: Markdown that reads well as it stands.
 
     Published figures stand to the right, marked with *. An average of some columns only is called so, and none is

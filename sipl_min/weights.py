@@ -144,7 +144,7 @@ def unwrap(content, header):
 def modernize(tensors, name):
     """Own names of earlier versions, and published tensors that are not as here -> those of today."""
     if any(n.startswith("aligned.") for n in tensors):
-        text = "are no longer part of the network and left out; in the included weights they are worth 0.002 dB"
+        text = "are no longer part of the network and left out: the first pass stays, refinements move a little"
         warnings.warn(f"{name}: the tensors aligned.* {text}", stacklevel=3)
     renamed = {}
     for n, t in tensors.items():
