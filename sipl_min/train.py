@@ -368,9 +368,10 @@ def processes(device: Any = None):
         return
     cuda = torch.cuda.is_available() and device != "cpu"
     if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    alone = cuda and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])  # NCCL wants a GPU for each
+    dist.init_process_group("nccl" if alone else "gloo")
     try:
         yield device, dist.get_rank() == 0
     finally:
