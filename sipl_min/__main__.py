@@ -27,7 +27,7 @@ TRAINING = (  # options of train.fit: name, older names, type, help
     ("save-every", (), int, "steps between checkpoints"),
     ("save-minutes", (), float, "minutes between checkpoints"),
     ("accumulate", (), int, "work on a batch in so many parts, for lack of memory"),
-    ("num-workers", (), int, "processes that load pairs"),
+    ("num-workers", (), int, "processes that make batches ahead"),
     ("ema", (), float, "decay of a moving average of the weights, e.g. 0.999, which then is the result"),
     ("mild", (), float, "share of the crops that are degraded only in part"),
     ("validate-every", (), int, "log PSNR of the embedded held-out photos every so many steps"),

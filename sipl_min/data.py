@@ -249,7 +249,7 @@ def cut(images, size, g):
     return [torch.rot90(t.flip(-1) if flip else t, turn, (-2, -1)) for t in images]
 
 
-AS_IT_IS = ("clean", "jpeg", "noise", "camera")  # columns of "everyday" whose target is the crop, be it dark or flat
+AS_IT_IS = ("clean", "jpeg", "noise", "grain", "camera")  # of "everyday": their target may be dark or flat
 EXTRA = {"everyday": (0.15, 0.15)}  # suite -> shares of the crops: JPEG afterwards, and degraded only in part
 
 
@@ -294,7 +294,7 @@ def vary_tone(y, g):
     for axis, n in ((-2, y.shape[-2]), (-1, y.shape[-1])):
         slope = uniform(y, g, (-0.3, 0.3)) * (uniform(y, g, (0.0, 1.0)) < 0.5)
         flat = flat + slope * torch.linspace(-1, 1, n, device=y.device).unsqueeze(-1).transpose(-1, axis)
-    return torch.where(uniform(y, g, (0.0, 1.0)) < 0.08, flat.clamp(0, 1), y**gamma)
+    return torch.where(uniform(y, g, (0.0, 1.0)) < 0.12, flat.clamp(0, 1), y**gamma)
 
 
 def hash_seed(*numbers):

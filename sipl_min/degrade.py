@@ -227,12 +227,14 @@ SUITES["deweather"] = {
 SUITES["cdd11"] = CDD
 SUITES["everyday"] = {  # for one network that is to mend all and spoil nothing: from sound photos to bad ones
     "noise": (noise, dict(sigma=(0.0, 55.0))),
+    "grain": (noise, dict(sigma=(0.0, 12.0))),
     "camera": (camera_noise, {}),
     "hazy": (haze, dict(beta=(0.0, 2.2), airlight=(0.7, 1.0))),
     "streaks": (rain, STREAKS | dict(strength=(0.1, 0.6))),
     "shake": (blur, dict(length=(2, 26))),
     "dim": (dim_light, {}),
     **CDD,
+    "low": (low_light, dict(gamma=(2.0, 4.0), sigma=(0.0, 0.08))),
     "jpeg": (jpeg, {}),
 }
 SUITES["mixed"] = SUITES["three_task"] | SUITES["five_task"] | CDD  # all published tables at once
@@ -246,8 +248,8 @@ COLUMNS["mixed"] = COLUMNS["three_task"] | COLUMNS["five_task"] | COLUMNS["cdd11
 
 # suite -> how often training meets each column, in whole numbers
 SHARES = {suite: dict.fromkeys(columns, 1) for suite, columns in COLUMNS.items()}
-SHARES["everyday"] |= dict.fromkeys(CDD11, 5) | dict(low=6, haze=6, rain=6, snow=8)
-SHARES["everyday"] |= dict(clean=12, jpeg=12, noise=36, camera=16, hazy=24, streaks=20, shake=16, dim=20)
+SHARES["everyday"] |= dict.fromkeys(CDD11, 4) | dict(low=10, haze=6, rain=6, snow=8)
+SHARES["everyday"] |= dict(clean=16, jpeg=12, noise=32, grain=12, camera=14, hazy=30, streaks=30, shake=18, dim=24)
 
 
 def check_suite(suite):

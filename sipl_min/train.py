@@ -91,7 +91,7 @@ class Options:
     save_minutes: float = 10.0  # and minutes
     validate_every: int = 100  # steps
     accumulate: int = 1  # parts in which a batch is worked on, for lack of memory
-    num_workers: int = 0  # processes that load a data set
+    num_workers: int = 0  # processes that make batches ahead, on the CPU
     ema: float = 0.0  # decay of a moving average of the weights, e.g. 0.999: what is then validated, saved, and left
     mild: float = 0.0  # share of the crops that are degraded only in part, see `data.batch`
     autocast: bool | None = None  # bfloat16; None: on CUDA only
@@ -205,7 +205,8 @@ def fit(
             save_checkpoint(folder, result, log, parts, run=run, step=step, about=model.about)
         return step, monotonic()
 
-    saved, saved_at = first, monotonic()
+    saved, saved_at, graph = first, monotonic(), None
+    recorded = device.type == "cuda" and world == 1 and isinstance(data, Images) and label in RECIPES  # of one shape
     source = batches(data, first, o, device)
     bar = tqdm(range(first, o.num_steps), initial=first, total=o.num_steps, disable=not progress or rank, unit="step")
     with Stop() as stop:
@@ -213,9 +214,17 @@ def fit(
             torch.manual_seed(hash_seed(o.seed, step, 3))  # for data sets, recipes and layers that draw random numbers
             x, y = next(source)
             optimizer.param_groups[0]["lr"] = learning_rate(step, o)
-            optimizer.zero_grad()
-            loss, psnr, stopping = backward(network, x, y, o.accumulate, stop)
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip))
+            if recorded:
+                graph = graph or Graph(network, x, y, o.accumulate)
+                totals = graph(x, y)
+            else:
+                optimizer.zero_grad()
+                totals = backward(network, x, y, o.accumulate)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
+            totals = F.pad(torch.cat([totals, norm[None] / world]), (0, 1), value=float(stop.asked))
+            if world > 1:
+                dist.all_reduce(totals)
+            loss, psnr, norm, stopping = totals.tolist()  # the one moment when the processor waits for the device
             if not math.isfinite(loss + norm):
                 what = f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite at step {step}"
                 again = "begin in another folder" if folder and 0 < saved == step else "call again"
@@ -256,19 +265,37 @@ class Step(nn.Module):
         return loss, -10 * mse.log10().mean()
 
 
-def backward(network, x, y, accumulate, stop):
-    """Gradients of a batch, of which each process works on its share, in parts. Returns loss, PSNR, stop or not."""
+def backward(network, x, y, accumulate):
+    """Gradients of a batch, of which each process works on its share, in parts. Returns loss and PSNR."""
     rank, world = ranks()
-    totals = torch.zeros(3, device=x.device)
+    totals = torch.zeros(2, device=x.device)
     for a, b in zip(x[rank::world].chunk(accumulate), y[rank::world].chunk(accumulate)):
         loss, psnr = network(a, b)
         share = len(a) / len(x)
         (world * share * loss).backward()  # DistributedDataParallel takes the mean over processes
-        totals[:2] += share * torch.stack([loss.detach(), psnr])
-    totals[2] = float(stop.asked)
-    if world > 1:
-        dist.all_reduce(totals)
-    return totals.tolist()
+        totals += share * torch.stack([loss.detach(), psnr])
+    return totals
+
+
+class Graph:
+    """`backward`, recorded as a CUDA graph: else a small network waits for the launch of some 2,000 short kernels."""
+
+    def __init__(self, network, x, y, accumulate):
+        self.x, self.y, self.graph = x.clone(), y.clone(), torch.cuda.CUDAGraph()
+        work, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        work.wait_stream(here)
+        with torch.cuda.stream(work):
+            for _ in range(3):  # libraries choose their kernels before the recording
+                backward(network, self.x, self.y, accumulate)
+        here.wait_stream(work)
+        network.zero_grad()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # workers may pin memory meanwhile
+            self.totals = backward(network, self.x, self.y, accumulate)
+
+    def __call__(self, x, y):  # writes the gradients anew, in the same memory
+        self.x.copy_(x), self.y.copy_(y)
+        self.graph.replay()
+        return self.totals
 
 
 class Stop:
@@ -318,14 +345,17 @@ def find_data(data, o):
 
 
 def batches(data, first, o, device):
-    """Yield x, y (B, 3, H, W) on the device, from step `first` on, without end."""
+    """Yield x, y (B, 3, H, W) on the device, from step `first` on."""
     if isinstance(data, Images):
         options = dict(suite=o.suite, crop_size=o.crop_size, batch_size=o.batch_size, seed=o.seed, mild=o.mild)
-        for step in itertools.count(first):
-            yield batch(data, step, device=device, **options)[:2]
+        made = Batches(data, options | dict(device="cpu" if o.num_workers else device))
+        steps = range(first, o.num_steps)
+        for x, y in loader(made, o, device, batch_size=None, sampler=steps):
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        return
     while True:
         count = 0
-        for x, y in in_order(data, first, o) if isinstance(data, Dataset) else data:
+        for x, y in in_order(data, first, o, device) if isinstance(data, Dataset) else data:
             if not 0 <= y.min() <= y.max() <= 1:
                 raise InputError(f"clean images must have values in [0, 1], not {y.min():.3g} to {y.max():.3g}")
             yield x.to(device), y.to(device)
@@ -334,7 +364,28 @@ def batches(data, first, o, device):
             raise InputError("there are no more batches: pass what can be gone through again, such as a DataLoader")
 
 
-def in_order(data, first, o):
+class Batches(Dataset):
+    """Batch number `step` of `data.batch` as item `step`, which workers of a DataLoader make ahead."""
+
+    def __init__(self, images, options):
+        self.images, self.options = images, options
+
+    def __getitem__(self, step):
+        return batch(self.images, step, **self.options)[:2]
+
+
+def loader(data, o, device, **options):
+    pin = o.num_workers > 0 and device.type == "cuda"
+    options |= dict(num_workers=o.num_workers, pin_memory=pin, worker_init_fn=leave_interrupts)
+    return DataLoader(data, **options)
+
+
+def leave_interrupts(_):
+    """Ctrl-C reaches the workers too, and only `fit` is to act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def in_order(data, first, o, device):
     """Batches of a data set, each epoch in an order of its own that follows from the seed."""
     per_epoch = max(len(data) // o.batch_size, 1)
     for epoch in itertools.count(first // per_epoch):
@@ -343,7 +394,7 @@ def in_order(data, first, o):
         g = generator(hash_seed(o.seed, epoch, 4))
         order = [indices.tolist() for indices in torch.randperm(len(data), generator=g).split(o.batch_size)]
         skipped = max(first - epoch * per_epoch, 0)
-        yield from DataLoader(data, batch_sampler=order[skipped:per_epoch], num_workers=o.num_workers, generator=g)
+        yield from loader(data, o, device, batch_sampler=order[skipped:per_epoch], generator=g)
 
 
 def pick_device(name: Any = None) -> torch.device:

@@ -2,17 +2,18 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import rand, tiny
+from conftest import ROOT, rand, tiny
 
 from sipl_min import SIPL, fast
 from sipl_min.fast import accelerate
-from sipl_min.train import RECIPES, fit
+from sipl_min.train import RECIPE_SETTINGS, RECIPES, Graph, Step, backward, fit
 
 there = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 pytestmark = [pytest.mark.cuda, there]
@@ -57,6 +58,7 @@ def test_half_precision_stays_finite(backbone, dtype):
         assert model.refine(x.to(dtype)).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # the compiler's advice to let go of precision
 def test_compile_of_forward_refinement_and_a_training_step():
     model, x, y = tiny().cuda(), rand(2, 3, 64, 96).cuda(), rand(2, 3, 64, 96, seed=1).cuda()
     expected = model.refine(x)
@@ -68,6 +70,19 @@ def test_compile_of_forward_refinement_and_a_training_step():
         F.l1_loss(step(model, x, y), y).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert relative(gradients[1], gradients[0]) < 1e-2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recorded_gradients_equal_those_launched_one_by_one(recipe):
+    model = accelerate(tiny(**RECIPE_SETTINGS[recipe])).cuda()
+    network, batches = Step(model, RECIPES[recipe], True), rand(2, 2, 4, 3, 32, 32).cuda()  # of two batches
+    graph, gradients = Graph(network, *batches[0], 2), []
+    for step in (graph, lambda x, y: backward(network, x, y, 2)):
+        totals = step(*batches[1]).tolist()
+        gradients.append((totals, torch.cat([p.grad.flatten() for p in model.parameters()])))
+        model.zero_grad()
+    assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-4)
+    assert relative(gradients[0][1], gradients[1][1]) < 1e-3
 
 
 def test_training_resumes(tmp_path):
@@ -103,6 +118,7 @@ def test_two_processes_on_one_gpu_equal_one(tmp_path):
     for count in (1, 2):
         target = tmp_path / f"{count}.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        subprocess.run([*command, tmp_path / "worker.py", target], check=True, capture_output=True)
+        env = os.environ | dict(PYTHONPATH=str(ROOT))
+        subprocess.run([*command, tmp_path / "worker.py", target], check=True, capture_output=True, env=env)
         sums.append(torch.tensor(json.loads(target.read_text())))
     assert torch.allclose(sums[0], sums[1], rtol=1e-3, atol=1e-3)

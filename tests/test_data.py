@@ -107,7 +107,7 @@ def test_everyday_draws_by_its_shares_and_spares_what_is_sound(monkeypatch):
         assert within(columns.count(column), 8000, share / sum(SHARES["everyday"].values())), column
     assert within(sum(compressed), sum(column not in ("clean", "jpeg") for column in columns), 0.15)
 
-    as_it_is = torch.tensor([column in ("clean", "jpeg", "noise", "camera") for column in columns])
+    as_it_is = torch.tensor([column in ("clean", "jpeg", "noise", "grain", "camera") for column in columns])
     in_part = x.amax((1, 2, 3)) > 0
     assert not in_part[as_it_is].any() and within(int(in_part.sum()), int((~as_it_is).sum()), 0.15)
 
@@ -115,7 +115,7 @@ def test_everyday_draws_by_its_shares_and_spares_what_is_sound(monkeypatch):
     assert (y[~as_it_is] == before).all(), "their target is the photo"
     y = y[as_it_is]
     uniform = (y == y[:, :1, :1, :1]).all((1, 2, 3))
-    assert within(int((~uniform).sum()), len(y), 0.08), "another color, mostly with a slope"
+    assert within(int((~uniform).sum()), len(y), 0.12), "another color, mostly with a slope"
     tone = y[uniform][:, 0, 0, 0]
     gamma = tone[(tone > 0) & (tone < 1)].log() / math.log(before)  # but for slopes all black or white
     changed = (gamma - 1).abs() > 1e-4

@@ -172,8 +172,9 @@ def test_a_combination_is_its_steps_in_the_published_order():
     for suite in ("cdd11", "everyday"):
         together = degrade.degrade(x, generator(3), suite, ["low_haze_snow"] * 2)
         g, y = generator(3), x
-        for function in (degrade.low_light, degrade.snow, degrade.haze):
-            y = function(y, g)
+        for name in ("low", "snow", "haze"):
+            function, parameters = SUITES[suite][name]
+            y = function(y, g, **parameters)
         assert torch.equal(together, y)
 
 
