@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from .files import InputError
-from .sipl import SIPL, ProxyFusion
+from .sipl import SIPL, ProxyFusion, known
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ LOCK = threading.RLock()  # threads may share a network, and hooks with it: wrap
 
 def run(net, x, names, see):
     """net(x), where see(name, output) sees the output of each named module, and replaces it if it returns another."""
-    thread, ran, y = threading.get_ident(), [], None
+    thread, ran, y, modules = threading.get_ident(), [], None, dict(net.named_modules())
 
     def hook(name, module, inputs, output):
         if threading.get_ident() == thread:
@@ -94,7 +94,8 @@ def run(net, x, names, see):
 
     with LOCK, ExitStack() as stack, suppress(Reached):
         for name in names:
-            stack.enter_context(net.get_submodule(name).register_forward_hook(partial(hook, name)))
+            module = modules[known("module", name, modules)]
+            stack.enter_context(module.register_forward_hook(partial(hook, name)))
         y = net(x)
     for name in names:
         if (times := ran.count(name)) != 1:

@@ -209,6 +209,21 @@ def test_export_with_dynamic_sides(model):
             assert torch.allclose(program(image), step(image), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_onnx_agrees(model, tmp_path):
+    """As notebook 05 does it; where onnx, onnxscript and onnxruntime are installed."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    step, x = Refinement(model).eval(), rand(1, 3, 32, 48)
+    H, W = (8 * torch.export.Dim(side, min=2, max=64) for side in "hw")
+    with torch.no_grad():
+        torch.onnx.export(step, (x,), dynamo=True, dynamic_shapes=({2: H, 3: W},)).save(tmp_path / "step.onnx")
+        session = runtime.InferenceSession(tmp_path / "step.onnx")
+        for image in (x, rand(1, 3, 64, 24)):
+            (y,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+            assert abs(y - step(image).numpy()).max() < 1e-4
+
+
 @pytest.mark.slow
 def test_export_with_fixed_sides_and_compile_in_one_graph(model):
     x = rand(1, 3, 32, 48)

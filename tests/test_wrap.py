@@ -179,7 +179,7 @@ def test_threads_do_not_disturb_each_other():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (dict(encoder=["enc2", "enk3"]), AttributeError, "enk3"),
+        (dict(encoder=["enc2", "enk3"]), ValueError, "unknown module .enk3.: did you mean .enc3."),
         (dict(encoder=["flat", "enc2"]), InputError, r"'flat' puts out \(1, 576\) .* no feature \(B, C, h, w\) of it"),
         (dict(encoder=["relu", "enc2"]), InputError, "module 'relu' ran 4 times in one pass"),
         (dict(encoder=["dec1", "dec2"], decoder=["enc1", "enc2"]), InputError, "'enc1' runs before .* 'dec1'"),
