@@ -29,6 +29,7 @@ TRAINING = (  # options of train.fit: name, older names, type, help
     ("accumulate", (), int, "work on a batch in so many parts, for lack of memory"),
     ("num-workers", (), int, "processes that make batches ahead"),
     ("ema", (), float, "decay of a moving average of the weights, e.g. 0.999, which then is the result"),
+    ("decibels", (), float, "weight of PSNR in the loss beside L1, e.g. 0.002: spares photos that are nearly right"),
     ("mild", (), float, "share of the crops that are degraded only in part"),
     ("validate-every", (), int, "log PSNR of the embedded held-out photos every so many steps"),
 )

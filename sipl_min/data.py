@@ -294,7 +294,7 @@ def vary_tone(y, g):
     for axis, n in ((-2, y.shape[-2]), (-1, y.shape[-1])):
         slope = uniform(y, g, (-0.3, 0.3)) * (uniform(y, g, (0.0, 1.0)) < 0.5)
         flat = flat + slope * torch.linspace(-1, 1, n, device=y.device).unsqueeze(-1).transpose(-1, axis)
-    return torch.where(uniform(y, g, (0.0, 1.0)) < 0.12, flat.clamp(0, 1), y**gamma)
+    return torch.where(uniform(y, g, (0.0, 1.0)) < 0.2, flat.clamp(0, 1), y**gamma)
 
 
 def hash_seed(*numbers):

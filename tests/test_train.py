@@ -131,6 +131,17 @@ def test_bfloat16_trains_every_weight():
     assert not [n for n, p in model.named_parameters() if torch.equal(p, before[n])]
 
 
+def test_the_loss_is_l1_and_a_share_of_psnr():
+    x, y = rand(2, 2, 3, 16, 16)
+    loss = [train.Step(tiny(), train.RECIPES["unroll"], False, decibels)(x, y)[0] for decibels in (0.0, 0.002)]
+    estimates = torch.stack(list(tiny().estimates(x)))
+    assert torch.allclose(loss[0], (estimates - y).abs().mean())
+    psnr = -10 * ((estimates - y).square().mean((2, 3, 4))).log10().mean()
+    assert (loss[0] - loss[1]).item() == pytest.approx(0.002 * psnr.item(), rel=1e-3)
+    perfect = train.Step(torch.nn.Identity(), lambda model, x, y: model(y), False, 0.002)(x, y)[0]
+    assert perfect.item() == pytest.approx(-0.002 * 50), "no more than 50 dB count"
+
+
 # -------------------------------------------------------------------------------------------------- stop and go on
 def test_same_seed_same_weights_and_the_model_comes_back_as_it_was():
     a, b, c = run(None, 3)[0], run(None, 3, accelerate(tiny()))[0], run(None, 3, seed=1)[0]
@@ -381,11 +392,12 @@ def test_a_data_set_goes_on_at_the_right_batch(tmp_path):
     assert resumed.about["images"] == 5 and "suite" not in resumed.about
 
 
-def test_our_data_sets_with_workers_train_as_without(tmp_path):
+def test_with_workers_it_trains_as_without():
     from sipl_min.data import Degraded
 
-    alone, workers = (run(None, 4, data=Degraded(FLAT, "cdd11", 16), num_workers=n)[0] for n in (0, 2))
-    assert torch.equal(flat(alone), flat(workers))
+    for data in (Degraded(FLAT, "cdd11", 16), FLAT):
+        alone, workers = (run(None, 4, data=data, num_workers=n)[0] for n in (0, 2))
+        assert torch.equal(flat(alone), flat(workers))
 
 
 def test_any_iterable_of_batches():
