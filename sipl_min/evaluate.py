@@ -158,7 +158,7 @@ KEEP = {  # column -> degradation
     "flat": same,
 }
 GOOD = ("ihc.png", "retina.jpg", "moon.png", "page.png")  # of scikit-image; nothing is trained on them
-DARK = ("hubble_deep_field.jpg", "rocket.jpg")  # dark by nature; the rocket is a training photo, too
+DARK = ("hubble_deep_field.jpg", "rocket.jpg")  # dark by nature; not trained on either
 FLAT = {f"gray {v}": (v, v, v) for v in (0, 64, 128, 192, 255)} | {"orange": (210, 120, 40)}
 
 

@@ -2,13 +2,16 @@
 
 `who`       Who is in the loop? The proxy is made from the estimate, from noise, from another image, ...
 `capacity`  PSNR against parameters and operations: backbone, wider backbone, SIPL with T = 0..4.
+`cost`      Operations of T = 0..4, by the paper's loop, by the released code's, and as released; nothing is trained.
 
-All arms of a seed see the same batches and test images. Trainings and tables lie in FOLDER; an interrupted command goes
-on where it was. What was found stands in data/README.md.
+With --weights, `who` and `capacity` measure these instead of training. Else all arms of a seed see the same batches and
+test images. Trainings and tables lie in FOLDER; an interrupted command goes on where it was. What was found stands in
+data/README.md.
 """
 
 import argparse
 import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from .fast import accelerated
 from .files import InputError, atomic_write
 from .photos import find, read
 from .sipl import SIPL
+from .speed import as_released
 from .train import RECIPE_SETTINGS, fit
 
 # ------------------------------------------------------------------------------------------- who is in the loop
@@ -98,10 +102,10 @@ def who(model, photos):
 # ----------------------------------------------------------------------------------------------------- capacity
 
 
-def operations(model, T=0, size=64):
+def operations(model, T=0, feedback="privilege", size=64):
     """Multiplications and additions per pixel of T refinements."""
     with FlopCounterMode(display=False) as counter:
-        model.eval().refine(torch.rand(1, 3, size, size), T)
+        model.eval().refine(torch.rand(1, 3, size, size), T, feedback)
     return counter.get_total_flops() / size**2
 
 
@@ -121,34 +125,66 @@ def capacity(model, photos):
                 yield column, name, f"y{t}", psnr(estimate, y)
 
 
+# --------------------------------------------------------------------------------------------------------- cost
+def cost(presets=("nano", "small", "paper"), size=256):
+    """A Markdown table: operations of the first pass, and of T refinements as multiples of it."""
+    text = ["| preset | loop | operations per pixel, T = 0 | T = 1 | T = 2 | T = 3 | T = 4 |", "|---" * 7 + "|"]
+    for preset, loop in itertools.product(presets, ("privilege", "chain", "as released")):
+        with torch.device("meta"):  # counted, not computed
+            model = as_released(SIPL(preset)) if loop == "as released" else SIPL(preset)
+            counted = [operations(model, T, loop, size) for T in range(5)]
+        times = " | ".join(f"{n / counted[0]:.2f} ×" for n in counted[1:])
+        text.append(f"| {preset} | {loop} | {counted[0] / 1e3:,.0f} thousand | {times} |")
+    return "\n".join(text) + "\n"
+
+
 # -------------------------------------------------------------------------------------------------------- study
 GUIDED = {recipe: (recipe, {}) for recipe in ("authors", "privilege", "unroll")}
 PLAIN = {"backbone": ("backbone", 0), "equal compute": ("backbone", 1)}
 QUESTIONS = {"who": (who, ["authors", "privilege", "unroll"]), "capacity": (capacity, [*PLAIN, *GUIDED])}
 
 
-def build(arm, dim):
+def build(arm, dim, seed=0):
     """The untrained model of an arm, and its recipe."""
+    torch.manual_seed(seed)
     recipe = arm if arm in GUIDED else "backbone"
     dim = wider(dim) if arm == "equal compute" else dim
     return SIPL("nano", dim=dim, **RECIPE_SETTINGS.get(recipe, {})), recipe
 
 
-def run(question, folder, images=None, test=None, seeds=3, num_steps=5000, dim=8, size=192, photos=16, progress=True):
-    """Train each arm with each seed, measure, and return all rows; what lies in `folder` is not done again."""
+def run(
+    question,
+    folder,
+    images=None,
+    test=None,
+    weights=(),
+    seeds=3,
+    num_steps=5000,
+    dim=8,
+    size=192,
+    photos=16,
+    progress=True,
+):
+    """Train each arm with each seed, measure, and return all rows; what lies in `folder` is not done again.
+
+    weights: names or files to measure instead."""
     folder, (measure, arms) = Path(folder), QUESTIONS[question]
     paths = find(test)[:photos] if test else []
     tests = {p.stem: read(p) for p in paths} or held_out()
     tests = {name: center(photo, size) for name, photo in tests.items()}
     about = dict(num_steps=num_steps, dim=dim, size=size, photos=len(tests))
+    if weights:
+        arms, seeds, about = weights, 1, dict(size=size, photos=len(tests))
     rows = Rows(folder / f"{question}.csv", ["arm", "seed", "column", "photo", "name"], ["psnr"], **about)
-    images = Images(images)
+    images = None if weights else Images(images)
     for seed in range(seeds):
         for arm in tqdm(arms, desc=f"seed {seed}", disable=not progress):
-            torch.manual_seed(seed)
-            model, recipe = build(arm, dim)
-            options = dict(suite="cdd11", num_steps=num_steps, batch_size=8, crop_size=64, lr=1e-3, warmup=100)
-            fit(model, images, recipe=recipe, folder=folder / f"{arm}-{seed}", seed=seed, progress=progress, **options)
+            if weights:
+                model = SIPL.load(arm)
+            else:
+                model, recipe = build(arm, dim, seed)
+                to = dict(folder=folder / f"{arm}-{seed}", recipe=recipe, seed=seed, progress=progress)
+                fit(model, images, suite="cdd11", num_steps=num_steps, crop_size=64, lr=1e-3, warmup=100, **to)
             with accelerated(model), torch.no_grad():
                 for column, photo, name, value in measure(model, tests):
                     rows.add(arm=arm, seed=seed, column=column, photo=photo, name=name, psnr=value)
@@ -180,15 +216,16 @@ def spread(rows, arm, name):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m sipl_min.study", description=__doc__.partition("\n")[0])
-    parser.add_argument("question", choices=QUESTIONS)
+    parser.add_argument("question", choices=[*QUESTIONS, "cost"])
     parser.add_argument("folder", help="where trainings and tables go")
     parser.add_argument("--images", help="a folder of clean photos to train on (default: the embedded images)")
     parser.add_argument("--test", help="a folder of photos to test on (default: the embedded held-out photos)")
+    parser.add_argument("--weights", nargs="+", default=(), help="names or files to measure instead of training")
     for name, value in (("seeds", 3), ("num-steps", 5000), ("dim", 8), ("size", 192), ("photos", 16)):
         parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
     options = vars(parser.parse_args(arguments))
     try:
-        text = report(run(**options))
+        text = cost() if options["question"] == "cost" else report(run(**options))
         with atomic_write(Path(options["folder"]) / f"{options['question']}.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(text)
