@@ -14,11 +14,12 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,7 @@ class ChannelAttention(nn.Module):
     def forward(self, x):  # (B, C, H, W)
         B, C, H, W = x.shape
         q, k, v = self.qkv(x).reshape(B, 3, self.heads, C // self.heads, H * W).unbind(1)
-        q, k = unit(q), unit(k)  # unit vectors over the pixels
-        attention = (q @ k.mT * self.temperature).softmax(-1)  # (B, heads, C/heads, C/heads)
+        attention = (unit(q) @ unit(k).mT * self.temperature).softmax(-1)  # (B, heads, C/heads, C/heads)
         return self.out((attention @ v).reshape(B, C, H, W))
 
 
@@ -146,8 +146,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, dim, heads, context_dim=None, identity_start=False):
         super().__init__()
-        self.heads, self.identity_start = heads, identity_start
-        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.heads, self.identity_start, self.temperature = heads, identity_start, nn.Parameter(torch.ones(heads, 1, 1))
         self.norm_query, self.norm_context = LayerNorm2d(dim), LayerNorm2d(context_dim or dim)
         self.q, self.kv = pointwise_depthwise(dim, dim), pointwise_depthwise(context_dim or dim, 2 * dim)
         self.out = conv1x1(dim, dim)
@@ -246,8 +245,7 @@ class Decoder(nn.Module):
         h = features[3]
         for i in (2, 1, 0):
             h = self.adapt(i, fuse(i, h), x)
-            h = self.merge[i](torch.cat([self.up[i](h), features[i]], 1))
-            h = self.levels[i](h)
+            h = self.levels[i](self.merge[i](torch.cat([self.up[i](h), features[i]], 1)))
         return self.output(self.refinement(h)) + x  # the network predicts the residual
 
 
@@ -279,11 +277,11 @@ class SIPL(nn.Module):
         tiny = bottom >= x.shape[-2] or right >= x.shape[-1]  # F.pad reflects no more than there is
         return F.pad(x, (0, right, 0, bottom), "replicate" if tiny and mode == "reflect" else mode)
 
-    def privileged(self, image: torch.Tensor) -> list[torch.Tensor]:
+    def privileged(self, image: Tensor) -> list[Tensor]:
         """P = E(image), at 1/2, 1/4 and 1/8 resolution: (B, 2d, H/2, W/2), (B, 4d, H/4, W/4), (B, 8d, H/8, W/8)."""
         return self.encoder(self.pad(image))[1:4]
 
-    def proxies(self, privileged: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    def proxies(self, privileged: list[Tensor] | None = None) -> list[Tensor]:
         """Read(D, P) at each scale, shaped as D: (B, 2d, S, S), (B, 4d, ...), (B, 8d, ...); without P, D itself."""
         if privileged is None:
             return [scale.dictionary for scale in self.fusion]
@@ -293,12 +291,12 @@ class SIPL(nn.Module):
         """f(x; proxies), for a padded image x and its features E(x)."""
         return self.decoder(x, features, lambda i, h: self.fusion[i].write(h, proxies[i]) if proxies else h)
 
-    def forward(self, x: torch.Tensor, privileged: list[torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, privileged: list[Tensor] | None = None) -> Tensor:
         """Restore once: the first pass f(x; D), or with privileged features the guided pass f(x; Read(D, P))."""
         (H, W), x = x.shape[-2:], self.pad(x)
         return self.decode(x, self.encoder(x), self.proxies(privileged))[..., :H, :W]
 
-    def estimates(self, x: torch.Tensor, steps: int = 1, feedback: str = "privilege") -> Iterator[torch.Tensor]:
+    def estimates(self, x: Tensor, steps: int = 1, feedback: str = "privilege") -> Iterator[Tensor]:
         """Yield y_0 = f(x; D), then y_1, ..., y_T for T = `steps`. Gradients flow through all of it.
 
         feedback="privilege", the paper's equations: y_t = f(x; Read(D, E(y_{t-1}))), where E(x) is computed once.
@@ -318,8 +316,12 @@ class SIPL(nn.Module):
             y = self.decode(x, features, self.proxies(self.privileged(y)))  # P = E(y)
             yield y[..., :H, :W]
 
+    @overload
+    def refine(self, x: Tensor, steps: int = ..., feedback: str = ..., return_all: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def refine(self, x: Tensor, steps: int = ..., feedback: str = ..., *, return_all: bool) -> list[Tensor]: ...
     @torch.no_grad()
-    def refine(self, x: torch.Tensor, steps: int = 1, feedback: str = "privilege", return_all: bool = False) -> Any:
+    def refine(self, x, steps=1, feedback="privilege", return_all=False):
         """Self-refinement at test time, as `estimates`: y_T, or with `return_all` the list [y_0, ..., y_T]."""
         estimates = list(self.estimates(x, steps, feedback))
         return estimates if return_all else estimates[-1]
@@ -333,14 +335,12 @@ class SIPL(nn.Module):
         """Write weights and settings to a safetensors file, or with a config.json to a folder: see weights.save."""
         package("weights").save(self, path)
 
-    save_pretrained = save
-
     @classmethod
     def load(cls, source: Any = "nano", device: Any = None, net: nn.Module | None = None) -> "SIPL":
         """Weights that come with the project, by name; or a file of `save`, or a published one: see weights.load."""
         return package("weights").load(source, device, net)
 
-    from_pretrained = from_published = load  # names that people know
+    from_pretrained, from_published, save_pretrained = load, load, save  # names that people know
 
     @classmethod
     def from_backbone(cls, source: Any, identity_start: bool = False, **overrides: Any) -> "SIPL":

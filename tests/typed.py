@@ -20,7 +20,8 @@ fast: SIPL = accelerate(model)
 x = torch.rand(1, 3, 8, 8)
 features: list[torch.Tensor] = model.privileged(x)
 guided: torch.Tensor = model.forward(x, features)
-refined = model.refine(x, steps=2, feedback="chain", return_all=True)
+refined: torch.Tensor = model.refine(x, steps=2)
+all_of_them: list[torch.Tensor] = model.refine(x, 2, "chain", return_all=True)
 photo: np.ndarray = read("photo.png")
 write(Path("out.png"), model.restore(photo, steps=1, tile=512))
 model.save("weights.safetensors")
@@ -29,9 +30,9 @@ fit(model, Pairs("in", "out", crop_size=64), recipe=lambda model, x, y: model(x)
 
 # Mistakes, which the checker must find: an ignored error that is none is an error itself.
 SIPL(3)  # type: ignore[arg-type]
-model.refine(photo)  # type: ignore[arg-type]
-model.refine(x, steps="two")  # type: ignore[arg-type]
-model.refine(x, tolerance=0.1)  # type: ignore[call-arg]
+model.refine(photo)  # type: ignore[call-overload]
+model.refine(x, steps="two")  # type: ignore[call-overload]
+model.refine(x, tolerance=0.1)  # type: ignore[call-overload]
 model.save(photo)  # type: ignore[arg-type]
 fit(photo)  # type: ignore[arg-type]
 number: int = read("photo.png")  # type: ignore[assignment]
