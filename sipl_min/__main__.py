@@ -79,7 +79,7 @@ def parse(arguments):
     c = command(demo, "Degrade three photos that the model never saw, and restore them: a figure and a table.")
     model(c)
     c.add_argument("--output", default="demo.png", help="where the figure goes (default: %(default)s)")
-    c.add_argument("--suite", "--setting", default="cdd11", help=f"{SUITES} (default: %(default)s)")
+    c.add_argument("--suite", "--setting", default="everyday", help=f"{SUITES} (default: %(default)s)")
     c.add_argument("--seed", type=natural, default=0, help="of the degradations (default: %(default)s)")
 
     c = command(restore, "Restore a photo, or all photos of a folder; size, depth, alpha and metadata are kept.")
@@ -163,9 +163,13 @@ def demo(options):
 
     check_suite(options.suite)
     matplotlib.use("Agg")  # draw where there is no display
-    model, photos, columns, rows = load(options), held_out(), list(COLUMNS[options.suite]), []
+    asked, model, photos, rows = options.steps, load(options), held_out(), []
+    if asked is None and model.fusion:  # a demo shows the loop, also where one pass would do
+        options.steps = max(options.steps, 1)
+    columns = list(COLUMNS[options.suite])
+    columns = ("dim", "noise", "hazy") if options.suite == "everyday" else (columns[-1], columns[0], columns[2])
     print(f"{'photo, degradation':30s}{'input':>9s}" + "".join(f"{f'y{t}':>9s}" for t in range(options.steps + 1)))
-    for name, column in zip(photos, (columns[-1], columns[0], columns[2])):
+    for name, column in zip(photos, columns):
         x, y = evaluate.pair(evaluate.center(photos[name], 256), options.suite, column, options.seed)
         estimates = model.refine(x.to(next(model.parameters())), options.steps, return_all=True)
         numbers = [evaluate.psnr(e, y) for e in (x, *estimates)]

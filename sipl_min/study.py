@@ -44,7 +44,7 @@ def proxies_from(model, x, y, other, constant, g):
     """name -> proxies, made of anything that could play the privileged image, and of changed dictionaries.
 
     x, y: degraded and clean image, (1, 3, H, W). other: another image with another degradation. g: for the noise.
-    constant: from `constant_proxies`.
+    constant: from `constant_proxies`. "mean color" is a flat image of the clean image's.
     """
     D = model.proxies()
     mean = [d.mean((-2, -1), keepdim=True) for d in D]
@@ -54,6 +54,7 @@ def proxies_from(model, x, y, other, constant, g):
         "other image": model(other),
         "input": x,
         "clean": y,
+        "mean color": y.mean((-2, -1), keepdim=True).expand_as(y),
     }
     return {name: model.proxies(model.privileged(image)) for name, image in images.items()} | {
         "constant": constant,
