@@ -119,7 +119,7 @@ def test_everyday_draws_by_its_shares_and_spares_what_is_sound(monkeypatch):
     tone = y[uniform][:, 0, 0, 0]
     gamma = tone[(tone > 0) & (tone < 1)].log() / math.log(before)  # but for slopes all black or white
     changed = (gamma - 1).abs() > 1e-4
-    assert within(int(changed.sum()), len(gamma), 0.4) and abs(float(gamma[changed].log().mean()) - 0.5) < 0.03
+    assert within(int(changed.sum()), len(gamma), 0.4) and abs(float(gamma[changed].log().mean()) - 0.5) < 0.06
     assert gamma.min() > math.exp(-0.4) - 1e-3 and gamma.max() < math.exp(1.4) + 1e-3
 
 
