@@ -51,7 +51,7 @@ def main(arguments=None):
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
-        print(f"stopped{f': {e}' if str(e) else ''}", file=sys.stderr)
+        print(str(e) or "stopped", file=sys.stderr)
         return 130
 
 
@@ -224,6 +224,8 @@ def train(options):
     if options.pairs:
         size = chosen.get("crop_size", training.Options.crop_size)
         images = data.Pairs(*options.pairs, crop_size=size, skip_bad=options.skip_bad)
+    for line in getattr(images, "left_out", ()):
+        print(f"left out: {line}")
     if options.validate_every:
         chosen["validate"] = functools.partial(validate, suite=suite)
     with training.processes(options.device) as (device, first):
