@@ -125,7 +125,8 @@ def finetune_options(model: SIPL, start: str = "") -> dict[str, Any]:
     about = getattr(model, "about", {})
     if not about.get("num_steps") and not start:
         return {}
-    options = dict(trained=about.get("num_steps", 0), batch_size=4, crop_size=128, lr=2e-5, warmup=100, ema=0.99)
+    options = dict(trained=about.get("num_steps", 0), batch_size=4, crop_size=128, lr=1e-5, warmup=100, ema=0.99)
+    options["decibels"] = about.get("decibels", 0.0)
     if about.get("suite") in COLUMNS:
         options["suite"] = about["suite"]
     if about.get("recipe") in RECIPES and (about["recipe"] == "backbone") != bool(model.fusion):
@@ -198,7 +199,7 @@ def fit(
         part.load_state_dict(state.pop(name))
 
     def save(step):
-        about = dict(recipe=label, num_steps=o.trained + step, command=o.command)
+        about = dict(recipe=label, num_steps=o.trained + step, command=o.command, decibels=o.decibels)
         about |= dict(suite=o.suite) if isinstance(data, Images) else {}
         about |= dict(images=len(data)) if isinstance(data, Images | Dataset) else {}
         model.about = result.about = getattr(model, "about", {}) | {name: v for name, v in about.items() if v}
