@@ -1,12 +1,12 @@
-"""Self-Improved Privilege Learning (SIPL) for image restoration: the whole method in one file, in plain PyTorch.
+"""Self-Improved Privilege Learning (SIPL) for image restoration: network and loop in one file, in plain PyTorch.
 
 Method:   Wu, Jiang, Jiang & Liu 2025, arXiv 2505.24207.
 Backbone: PromptIR (Potlapalli et al., NeurIPS 2023), which is Restormer (Zamir et al., CVPR 2022) with prompts.
 
-P are encoder features of a better image than the input x. Read takes them into a learned Privileged Dictionary D; Write
-brings the result, the proxy Read(D, P), or without P just D, into the decoder. f(x; proxy) is the whole network, E its
-encoder. At test time the better image is its own estimate: y_0 = f(x; D), y_t = f(x; Read(D, E(y_{t-1}))), t = 1..T.
-Shapes in comments: B images, C channels, H x W pixels, d = settings.dim."""
+P is a list of features that the encoder E makes of a better image than the input x. Read: a learned Privileged
+Dictionary D attends to P, which gives the proxy Read(D, P). Write: the decoder attends to the proxy; without P, to D.
+f(x; proxy) is the whole network. In training (train.py) the better image comes from the clean one. At test time it is
+the network's own estimate: y_0 = f(x; D), y_t = f(x; Read(D, E(y_{t-1}))), t = 1..T. In shapes d is settings.dim."""
 
 import importlib
 from collections.abc import Iterator
@@ -14,18 +14,20 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
 from os import PathLike
-from typing import Any, Literal, overload
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+Photo = TypeVar("Photo")  # a tensor, or an array of NumPy
+
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that shapes the network. The defaults are SIPL + PromptIR as published, 40.03 M parameters.
-    A tuple of four is per level (full, 1/2, 1/4, 1/8 resolution), a tuple of three per scale (1/2, 1/4, 1/8)."""
+    Tuples of four: one value per level (full, 1/2, 1/4, 1/8 resolution). Of three: one per scale (1/2, 1/4, 1/8)."""
 
     backbone: str = "promptir"  # a name in BACKBONES
     dim: int = 48  # d: channels at full resolution, doubled by each level
@@ -39,10 +41,10 @@ class Settings:
     decoder_blocks: tuple = (1, 1, 1, 1)  # NAFNet only: blocks at 1/8, 1/4, 1/2, full resolution
     fusion: bool = True  # False: the backbone alone, without dictionary and Proxy Fusion
     dictionary_size: tuple = (64, 32, 16)  # a dictionary has size x size entries
-    dictionary_std: float = 0.02  # of its random start; from 0, as released, the first gradient is 1e9 times too large
+    dictionary_std: float = 0.02  # of its random start; the released code starts at 0: a first gradient of 1e9
     read_heads: tuple = (1, 2, 1)
     write_heads: tuple = (1, 2, 4)
-    identity_start: bool = False  # True: Write adds to h itself, and an untrained Write adds nothing
+    identity_start: bool = False  # True: Write adds to h, at first nothing; else, as released, to the norm of h
 
     def __post_init__(self):
         for f in fields(self):
@@ -51,7 +53,7 @@ class Settings:
             if not good or (isinstance(like, tuple) and len(value) != len(like)):
                 raise ValueError(f"setting {f.name}={value!r} cannot work: it must be like {like!r}")
         for d, *heads in zip(self.dims, self.heads, (1, *self.read_heads), (1, *self.write_heads)):
-            if any(h < 1 or d % h for h in heads):  # level 0 has no Proxy Fusion
+            if any(h < 1 or d % h for h in heads):  # the 1: full resolution has no Proxy Fusion
                 raise ValueError(f"settings heads, read_heads, write_heads: {d} channels need heads that divide them")
 
     @property
@@ -151,9 +153,8 @@ class CrossAttention(nn.Module):
         self.q, self.kv = pointwise_depthwise(dim, dim), pointwise_depthwise(context_dim or dim, 2 * dim)
         self.out = conv1x1(dim, dim)
         self.norm_ffn, self.ffn = LayerNorm2d(dim), FeedForward(dim, 2, dual_gate=True)
-        if identity_start:  # a new Write changes nothing
-            nn.init.zeros_(self.out.weight)
-            nn.init.zeros_(self.ffn.out.weight)
+        for layer in (self.out, self.ffn.out) if identity_start else ():  # a new Write changes nothing
+            nn.init.zeros_(layer.weight)
 
     def tokens(self, x):  # (B, C, H, W) -> (B, heads, H*W, C/heads): one token per pixel
         x = x.permute(0, 2, 3, 1).contiguous()  # fused attention wants the channels of a token side by side in memory
@@ -166,7 +167,7 @@ class CrossAttention(nn.Module):
     def attend(self, query, k, v):  # (B, C, H, W)
         normed = self.norm_query(query)
         q = unit(self.tokens(self.q(normed)))
-        B = max(len(q), len(k))  # the dictionary is the same for all images: its batch is 1
+        B = max(len(q), len(k))  # D has a batch of 1, as the query of Read and as the context of Write
         q, k, v = (t.expand(B, -1, -1, -1) for t in (q * self.temperature, k, v))
         # softmax(temperature q k^T) v, without ever storing the (H*W) x (h*w) matrix
         z = F.scaled_dot_product_attention(q, k, v, scale=1.0)
@@ -179,7 +180,7 @@ class CrossAttention(nn.Module):
 
 
 class ProxyFusion(nn.Module):
-    """The Privileged Dictionary D of one scale, and Proxy Fusion: h <- Write(h, Read(D, P)) for a decoder feature h."""
+    """The Privileged Dictionary D of one scale, and Read and Write: h <- Write(h, Read(D, P)), h a decoder feature."""
 
     def __init__(self, dim, size, std, read_heads, write_heads, identity_start=False, context_dim=None):
         super().__init__()
@@ -224,12 +225,12 @@ class Prompt(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Restormer's decoder, with PromptIR's prompts if configured. Step i fuses at scale 1/2, 1/4, 1/8, then goes up."""
+    """Restormer's decoder, for "promptir" with prompts. From 1/8 up; it ends with 2d channels at full resolution."""
 
     def __init__(self, s):
         super().__init__()
         _, d2, d3, d4 = s.dims
-        reduced = (d2, d3, d3 if s.backbone == "promptir" else d4)  # PromptIR's last prompt halves the channels
+        reduced = (d2, d3, d3 if s.backbone == "promptir" else d4)  # PromptIR's prompt at 1/8 halves the channels
         args = zip(s.dims[1:], reduced, s.prompt_channels, s.prompt_size)
         self.prompts = nn.ModuleList(Prompt(*a, s.expansion) for a in args) if s.backbone == "promptir" else None
         self.up = nn.ModuleList(nn.Sequential(conv3x3(d, 2 * d), nn.PixelShuffle(2)) for d in reduced)
@@ -237,13 +238,13 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList(level(*args, s.expansion) for args in zip((d2, d2, d3), s.heads, s.blocks))
         self.refinement, self.output = level(d2, s.heads[0], s.refinement, s.expansion), conv3x3(d2, 3)
 
-    def adapt(self, i, h, x):  # what the backbone itself does at each scale; AdaIR looks at x
+    def adapt(self, i, h, x):  # what the backbone itself does at each scale; x is for AdaIR
         return h if self.prompts is None else self.prompts[i](h)
 
     def forward(self, x, features, fuse):
         """Padded image, its four features, and fuse(i, h), which is Proxy Fusion at scale i -> restored image."""
         h = features[3]
-        for i in (2, 1, 0):
+        for i in (2, 1, 0):  # fuse at 1/8, 1/4, 1/2; go up; merge with the encoder's feature there
             h = self.adapt(i, fuse(i, h), x)
             h = self.levels[i](self.merge[i](torch.cat([self.up[i](h), features[i]], 1)))
         return self.output(self.refinement(h)) + x  # the network predicts the residual
@@ -274,7 +275,7 @@ class SIPL(nn.Module):
         """Pad right and bottom to multiples of what the backbone needs, and of `multiple`."""
         multiple, mode = max(multiple, self.encoder.multiple), self.encoder.padding
         bottom, right = (-n % multiple for n in x.shape[-2:])
-        tiny = bottom >= x.shape[-2] or right >= x.shape[-1]  # F.pad reflects no more than there is
+        tiny = bottom >= x.shape[-2] or right >= x.shape[-1]  # F.pad reflects less than there is
         return F.pad(x, (0, right, 0, bottom), "replicate" if tiny and mode == "reflect" else mode)
 
     def privileged(self, image: Tensor) -> list[Tensor]:
@@ -282,7 +283,7 @@ class SIPL(nn.Module):
         return self.encoder(self.pad(image))[1:4]
 
     def proxies(self, privileged: list[Tensor] | None = None) -> list[Tensor]:
-        """Read(D, P) at each scale, shaped as D: (B, 2d, S, S), (B, 4d, ...), (B, 8d, ...); without P, D itself."""
+        """Read(D, P) at each scale, (B, 2d or 4d or 8d, S, S) with S of dictionary_size; without P, D of batch 1."""
         if privileged is None:
             return [scale.dictionary for scale in self.fusion]
         return [scale.read(scale.dictionary, p) for scale, p in zip(self.fusion, privileged, strict=True)]
@@ -297,11 +298,10 @@ class SIPL(nn.Module):
         return self.decode(x, self.encoder(x), self.proxies(privileged))[..., :H, :W]
 
     def estimates(self, x: Tensor, steps: int = 1, feedback: str = "privilege") -> Iterator[Tensor]:
-        """Yield y_0 = f(x; D), then y_1, ..., y_T for T = `steps`. Gradients flow through all of it.
+        """Yield y_0 = f(x; D), then y_1, ..., y_T, T = `steps`, with gradients. ValueError for what cannot work.
 
         feedback="privilege", the paper's equations: y_t = f(x; Read(D, E(y_{t-1}))), where E(x) is computed once.
-        feedback="chain", the released code: x becomes y_{t-1} for t > 1, and y_t = f(x; Read(D, E(f(x; D)))).
-        Raises ValueError for another feedback, steps that cannot be counted, and steps without Proxy Fusion."""
+        feedback="chain", the released code: x becomes y_{t-1} for t > 1, and y_t = f(x; Read(D, E(f(x; D))))."""
         known("feedback", feedback, ("privilege", "chain"))
         if steps < 0 or steps != int(steps) or steps and not self.fusion:
             raise ValueError(f"steps={steps}: it must be a whole number from 0, and 0 where there is no Proxy Fusion")
@@ -309,26 +309,26 @@ class SIPL(nn.Module):
         features = self.encoder(x)
         y = self.decode(x, features, self.proxies())
         yield y[..., :H, :W]
-        for t in range(int(steps)):
-            if feedback == "chain" and t > 0:
+        for t in range(1, int(steps) + 1):
+            if feedback == "chain" and t > 1:
                 x, features = y, self.encoder(y)
                 y = self.decode(x, features, self.proxies())
             y = self.decode(x, features, self.proxies(self.privileged(y)))  # P = E(y)
             yield y[..., :H, :W]
 
-    @overload
-    def refine(self, x: Tensor, steps: int = ..., feedback: str = ..., return_all: Literal[False] = ...) -> Tensor: ...
-    @overload
-    def refine(self, x: Tensor, steps: int = ..., feedback: str = ..., *, return_all: bool) -> list[Tensor]: ...
     @torch.no_grad()
-    def refine(self, x, steps=1, feedback="privilege", return_all=False):
-        """Self-refinement at test time, as `estimates`: y_T, or with `return_all` the list [y_0, ..., y_T]."""
+    def refine(self, x: Tensor, steps: int = 1, feedback: str = "privilege", return_all: bool = False) -> Tensor:
+        """Self-refinement at test time, as `estimates`: y_T, or with `return_all` y_0 to y_T, (T + 1, B, 3, H, W)."""
         estimates = list(self.estimates(x, steps, feedback))
-        return estimates if return_all else estimates[-1]
+        return torch.stack(estimates) if return_all else estimates[-1]
 
     # What follows lives in other files of the package, imported when called, so that this file also works alone.
-    def restore(self, photo: Any, steps: int | None = None, **options: Any) -> Any:
-        """A photo in, the same kind of photo out, of any size: see photos.restore."""
+    @overload
+    def restore(self, photo: str | PathLike, steps: int | None = None, **options: Any) -> Any: ...
+    @overload
+    def restore(self, photo: Photo, steps: int | None = None, **options: Any) -> Photo: ...
+    def restore(self, photo, steps=None, **options):
+        """A photo in, the same kind of photo out, of any size; an array for a file: see photos.restore."""
         return package("photos").restore(self, photo, steps, **options)
 
     def save(self, path: str | PathLike) -> None:
@@ -354,7 +354,6 @@ class SIPL(nn.Module):
 
 
 def package(file):
-    try:
-        return importlib.import_module(f"{__package__}.{file}")
-    except (ImportError, TypeError) as e:  # TypeError where there is no package at all
-        raise ImportError(f"this needs the package sipl_min, not only its file sipl.py ({e})") from e
+    if not __package__:
+        raise ImportError("this needs the package sipl_min, not only its file sipl.py")
+    return importlib.import_module(f"{__package__}.{file}")
