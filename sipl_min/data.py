@@ -1,8 +1,7 @@
 """Images to learn from: the embedded ones, a folder of photos, pairs of photos on disk; and crops cut from them.
 
 `batch` makes the batches of our own training. `Degraded` and `Pairs` are ordinary PyTorch data sets for a `DataLoader`.
-In all three, what is drawn follows from the seed and the place in the training alone, never from what was drawn before.
-"""
+In all three, what is drawn follows from seed and place in the training alone, never from what was drawn before."""
 
 import functools
 import zlib
@@ -54,8 +53,7 @@ def motorcycle_distance():
 def dead_leaves(count, size=128, seed=0, leaves=300):
     """Images of occluding textured shapes, front to back, uint8 (count, 3, size, size).
 
-    Radii r with p(r) ~ r^-3 make them alike at every scale (Lee, Mumford & Huang 2001; Achddou et al. 2021).
-    """
+    Radii r with p(r) ~ r^-3 make them alike at every scale (Lee, Mumford & Huang 2001; Achddou et al. 2021)."""
     g = generator(seed)
     down, right = torch.meshgrid(torch.arange(size) / size, torch.arange(size) / size, indexing="ij")
     image, uncovered = torch.zeros(count, 3, size, size), torch.ones(count, 1, size, size)
@@ -93,16 +91,15 @@ def load(path):
 def check(groups, skip_bad, bad=()):
     """Groups of paths, such as pairs -> those whose photos are whole and of one size, and a sentence for each other.
 
-    Raises InputError with all sentences, those in `bad` too, unless `skip_bad`.
-    """
+    Raises InputError with all sentences, those in `bad` too, unless `skip_bad`."""
     good, bad = [], [*bad]
     shape = functools.cache(lambda path: load(path).shape)  # all of it is read: a truncated file begins like a good one
     for group in tqdm(groups, "checking", delay=5, leave=False):
         try:
-            if len({shape(path) for path in group}) > 1:
-                sizes = [f"{str(path)!r} has {shape(path)[2]} x {shape(path)[1]} pixels" for path in group]
-                raise InputError(", ".join(sizes))
-            good.append(group)
+            if len({shape(path) for path in group}) == 1:
+                good.append(group)
+            else:
+                bad.append(", ".join(f"{str(p)!r} has {shape(p)[2]} x {shape(p)[1]} pixels" for p in group))
         except InputError as e:
             bad.append(str(e))
     if bad and not skip_bad:
@@ -122,8 +119,7 @@ def spellings(stem):
 def by_name(inputs, targets):
     """Pair inputs with targets, both path -> its folder: a list of (input, target), and a sentence for each input left.
 
-    A target lies in the folder of the same name, or at the top. Raises InputError for a photo that is both.
-    """
+    A target lies in the folder of the same name, or at the top. Raises InputError for a photo that is both."""
     if both := sorted(inputs.keys() & targets.keys()):
         raise InputError(f"{str(both[0])!r} is among inputs and targets: name two folders, neither inside the other")
     if len({*targets.values()}) == 1 and not {*targets.values()} & {*inputs.values()}:  # such as clear/clear_images
@@ -157,9 +153,9 @@ def halves(names, inputs=INPUTS):
 def clean_photos(folder):
     """The photos in a folder. Raises InputError where it holds pairs: half of them are damaged."""
     found = photos.find(folder)
-    parts = halves((path.name for path in Path(folder).iterdir() if path.is_dir()), (*INPUTS, "noisy"))
-    if all(parts):
-        x, y = (str(Path(folder, part)) for part in parts)
+    x, y = halves((path.name for path in Path(folder).iterdir() if path.is_dir()), (*INPUTS, "noisy"))
+    if x and y:
+        x, y = str(Path(folder, x)), str(Path(folder, y))
         way = f"pass --pairs {x!r} {y!r} (in Python data.Pairs), or as clean photos {y!r} alone"
         raise InputError(f"{str(folder)!r} holds pairs, not only clean photos: {way}")
     return found
@@ -173,8 +169,7 @@ class Images:
         photos; or a list of H x W x 3 arrays or of paths. leaves, seed: how many dead leaves, and which.
     cache: bytes of decoded photos kept in memory. skip_bad: leave out what cannot be used; `left_out` says why.
     pairs: for columns whose degradation is on disk and not made here, column -> list of (degraded, clean) paths.
-    Raises InputError, which names all that cannot be used; and where the folder holds pairs.
-    """
+    Raises InputError, which names all that cannot be used; and where the folder holds pairs."""
 
     def __init__(self, source=None, leaves=48, seed=0, cache=2**31, pairs=None, skip_bad=False):
         self.cache, self.kept, self.depths = cache, {}, {}
@@ -260,17 +255,17 @@ def batch(images, step, *, suite="cdd11", crop_size=48, batch_size=8, seed=0, de
     `degrade.SHARES`; columns in `images.pairs` take their crop from there. Crops are cut on the CPU, and degraded on
     `device`. A share `mild` is degraded in part, y + s (x - y) with s uniform in (0, 1): a network that saw only bad
     photos spoils good ones. The suite "everyday" has a share of its own, varies the tone of crops, and compresses some.
-    which: number of the image that all crops come from; None for any.
-    """
+    which: number of the image that all crops come from; None for any."""
     check_suite(suite)
     g = generator(hash_seed(seed, step))
     crops, depths = zip(*(images.crop(crop_size, g, which) for _ in range(batch_size)))
     names = [name for name, share in SHARES[suite].items() for _ in range(share)]
     columns = [names[int(i)] for i in torch.randint(len(names), (batch_size,), generator=g)]
-    y, depths = torch.stack(crops), torch.stack(depths).to(device)
-    x, made = y.clone(), [i for i, column in enumerate(columns) if column not in images.pairs]
-    for i in sorted({*range(batch_size)} - {*made}):
-        x[i], y[i] = images.pair(columns[i], crop_size, g)
+    x, y, depths = torch.stack(crops), torch.stack(crops), torch.stack(depths).to(device)
+    made = [i for i, column in enumerate(columns) if column not in images.pairs]
+    for i, column in enumerate(columns):
+        if column in images.pairs:
+            x[i], y[i] = images.pair(column, crop_size, g)
     x, y = (t.to(device).float() / 255 for t in (x, y))
 
     g = generator(hash_seed(seed, step, 1), device)
@@ -322,8 +317,7 @@ class Seeded(Dataset):
 class Degraded(Seeded):
     """Crops of clean images, degraded by a random column of a suite: (x, y), float (3, crop_size, crop_size) in [0, 1].
 
-    images: `Images`, or what it takes as `source`; an epoch has a crop of each. mild: as in `batch`.
-    """
+    images: `Images`, or what it takes as `source`; an epoch has a crop of each. mild: as in `batch`."""
 
     def __init__(self, images, suite, crop_size=64, seed=0, mild=0.0):
         check_suite(suite)
@@ -339,8 +333,7 @@ class Pairs(Seeded):
     """Pairs of photos on disk: (x, y), degraded and clean, float (3, H, W) in [0, 1].
 
     inputs, targets: two folders, whose subfolders are searched too, or lists of paths; paired by name, see `by_name`.
-    crop_size: side of a random crop, turned and flipped; None gives whole images. skip_bad: as in `Images`.
-    """
+    crop_size: side of a random crop, turned and flipped; None gives whole images. skip_bad: as in `Images`."""
 
     def __init__(self, inputs, targets, crop_size=None, seed=0, skip_bad=False):
         self.crop_size, self.seed = crop_size, seed

@@ -121,8 +121,7 @@ def role_of(parts):
 def fitting(parts, role, clean=None):
     """The data sets that a folder's path (names from the root down) may tell of, the likeliest first.
 
-    clean: whether they have clean images only; None for any set, in any layout.
-    """
+    clean: whether they have clean images only; None for any set, in any layout."""
 
     def tells(where, depth):
         name, _, task = where.partition("=")
@@ -145,8 +144,7 @@ def find(root):
     """The data sets below a folder, in the order of `SETS`. Raises InputError where there is no such folder.
 
     Known layouts: those of AirNet, PromptIR, OneRestore, Restormer, the originals, and any folder named after its set
-    with `input` and `target` in it. Several folders of one set (GoPro's scenes) are put together.
-    """
+    with `input` and `target` in it. Several folders of one set (GoPro's scenes) are put together."""
     root, found, strange = Path(root), {}, []
     if not root.is_dir():
         raise InputError(f"no folder {str(root)!r}: put the data sets below one, and name it with --data")
@@ -193,8 +191,7 @@ def training(root, suite, skip_bad=False):
     """What lies below `root` to train a suite on, as arguments of `data.Images`: source (clean images) and pairs.
 
     Columns without pairs (noise always) degrade clean images: BSD400 and WED, or else the targets of all pairs. Raises
-    InputError where there is nothing, and where a set that the suite needs is there but cannot be used.
-    """
+    InputError where there is nothing, and where a set that the suite needs is there but cannot be used."""
     check_suite(suite)
     found = [f for f in find(root) if f.what.role == "train"]
     pairs = {}

@@ -2,8 +2,7 @@
 
 Three makers of pairs: `embedded` (held-out photos, synthetic degradations), `real` (public data sets, the published
 protocol) and `keep` (photos that are hardly damaged or not at all, which a network should leave alone).
-Images are tensors (1, 3, H, W) in [0, 1]; estimates are clamped to that range before they are measured.
-"""
+Images are tensors (1, 3, H, W) in [0, 1]; estimates are clamped to that range before they are measured."""
 
 import csv
 import io
@@ -49,8 +48,7 @@ class Cases:
     """`count` test cases, made one by one and anew for each loop: (where it comes from, degraded x, clean y).
 
     The first is a dict: source ("embedded" or "real"), suite, column, photo and draw, the seed of the degradation.
-    notes: sentences on what a full benchmark has, and these cases have not.
-    """
+    notes: sentences on what a full benchmark has, and these cases have not."""
 
     count: int
     make: Callable[[], Iterator[tuple[dict, torch.Tensor, torch.Tensor]]]
@@ -79,8 +77,7 @@ def center(photo, size=None, multiple=16):
 def pair(photo, suite, column, seed=0, device="cpu"):
     """A photo (H, W, 3) -> degraded x and clean y, (1, 3, H, W): the same for every model and device.
 
-    Strength, place and noise of the degradation follow from seed, column and the photo's own content.
-    """
+    Strength, place and noise of the degradation follow from seed, column and the photo's own content."""
     y = to_tensor(photo)
     number = list(COLUMNS[suite]).index(column)
     g = generator(hash_seed(seed, number, zlib.crc32(np.ascontiguousarray(photo).tobytes())))
@@ -91,8 +88,7 @@ def embedded(suite, size=256, seed=0, draws=1, photos=None):
     """Synthetic degradations of photos that scikit-image and Matplotlib bring along, and that are never trained on.
 
     size: of their middle, in pixels. draws: how often each is degraded, with the seeds seed, seed + 1, ...
-    photos: others instead, name -> array (H, W, 3).
-    """
+    photos: others instead, name -> array (H, W, 3)."""
     check_suite(suite)
     photos = held_out() if photos is None else photos
     photos = {name: center(photo, size) for name, photo in photos.items()}
@@ -165,8 +161,7 @@ FLAT = {f"gray {v}": (v, v, v) for v in (0, 64, 128, 192, 255)} | {"orange": (21
 def keep(photos=None, size=256):
     """Photos that a network should leave alone: good and nearly good ones, dark scenes, constant images.
 
-    photos: instead of the embedded good ones, name -> array (H, W, C). size: of their middle, in pixels.
-    """
+    photos: instead of the embedded good ones, name -> array (H, W, C). size: of their middle, in pixels."""
     if photos is None:
         photos = held_out() | {Path(name).stem: read(installed(name)) for name in GOOD}
     dark = {Path(name).stem: read(installed(name)) for name in DARK}
@@ -191,8 +186,7 @@ class Rows:
 
     path: of the file, or None for memory alone. keys, values: its columns, numbers or text; the keys tell rows apart.
     about: what all rows must have in common, kept in a column "run". A line that was cut short counts as none.
-    Raises InputError where the file holds something else or another run, and where it cannot be written.
-    """
+    Raises InputError where the file holds something else or another run, and where it cannot be written."""
 
     def __init__(self, path, keys, values, **about):
         self.path, self.keys, self.columns = path and Path(path), keys, [*keys, *values, "run"]
@@ -258,8 +252,7 @@ def measure(model, cases, steps=None, against=None, output=None, progress=True):
         cases: from a maker above, or a list like it. steps: T; None takes what suits the weights.
         output: a CSV file, to which each row is added once it is measured; the same call skips what is there.
     Returns a dict for each case and estimate, with KEYS, psnr, ssim, and of constant images `step`: the largest
-        distance of a value from its color's median, in levels of 255.
-    """
+        distance of a value from its color's median, in levels of 255."""
     steps = default_steps(model) if steps is None else steps
     models, measured = [model] if against is None else [model, against], []
     weights = "+".join(f"{checksum(*m.state_dict().values()):08x}" for m in models)
@@ -313,8 +306,7 @@ def table(rows, suite, value="psnr", methods=("PromptIR", "AdaIR")):
     """A table of `psnr` (dB) or `ssim`, a line for each column of the suite: Markdown that reads well as it stands.
 
     Published figures stand to the right, marked with *. An average of some columns only is called so, and none is
-    published.
-    """
+    published."""
     means, theirs = average(rows, value), published(suite, value)
     columns = list(means["input"])
     complete = {*columns} == {*COLUMNS.get(suite, KEEP), "average"}

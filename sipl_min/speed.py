@@ -2,8 +2,7 @@
 
 The same work as released (norms and attention matrices written out, the whole network called each time), plain
 (`sipl.py`), fast (`fast.py`) and compiled. Seconds are measured in turns, in one process; each peak of memory in a new
-one. Ratios are to the first variant and dtype asked for. With --output, what is in the file is not measured again.
-"""
+one. Ratios are to the first variant and dtype asked for. With --output, what is in the file is not measured again."""
 
 import argparse
 from concurrent.futures import ProcessPoolExecutor
@@ -93,8 +92,7 @@ def job(preset, T, size, variant, dtype, device):
 def race(work, kinds, repeats, device):
     """Jobs of one work (preset, T, size) in turns, one for each kind (variant, dtype): a dict of numbers for each.
 
-    difference: the largest one from the first kind's output, over the largest value there.
-    """
+    difference: the largest one from the first kind's output, over the largest value there."""
     jobs = [job(*work, *kind, device) for kind in kinds]
     outputs = [function().float() for function in jobs]  # the first calls also warm up
     rounds = [[seconds(function) for function in jobs] for _ in range(repeats)]
@@ -145,8 +143,7 @@ def alone(function, *args):
 def measure(rows, work, kinds, repeats, device):
     """Rows of all kinds (variant, dtype) of one work (preset, T, size), measured and added where `rows` lacks any.
 
-    What does not run, most likely for lack of memory, has `failed` instead of numbers, the first line of the error.
-    """
+    What does not run, most likely for lack of memory, has `failed` instead of numbers, the first line of the error."""
     names = [dict(zip(KEYS, (*work, *kind))) for kind in kinds]
     if all(rows.find(**name) for name in names):
         return [rows.find(**name) for name in names]

@@ -6,8 +6,7 @@
 
 With --weights, `who` and `capacity` measure these instead of training. Else all arms of a seed see the same batches and
 test images. Trainings and tables lie in FOLDER; an interrupted command goes on where it was. What was found stands in
-data/README.md.
-"""
+data/README.md."""
 
 import argparse
 import functools
@@ -44,8 +43,7 @@ def proxies_from(model, x, y, other, constant, g):
     """name -> proxies, made of anything that could play the privileged image, and of changed dictionaries.
 
     x, y: degraded and clean image, (1, 3, H, W). other: another image with another degradation. g: for the noise.
-    constant: from `constant_proxies`. "mean color" is a flat image of the clean image's.
-    """
+    constant: from `constant_proxies`. "mean color" is a flat image of the clean image's."""
     D = model.proxies()
     mean = [d.mean((-2, -1), keepdim=True) for d in D]
     images = {
