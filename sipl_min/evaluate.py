@@ -7,10 +7,12 @@ Images are tensors (1, 3, H, W) in [0, 1]; estimates are clamped to that range b
 import csv
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +63,6 @@ class Cases:
         return self.make()
 
 
-def origin(source, suite, column, photo, draw=0):
-    return dict(source=source, suite=suite, column=column, photo=photo, draw=draw)
-
-
 def center(photo, size=None, multiple=16):
     """The middle of a photo (H, W, C): sides cut to multiples of 16 as published, and to at most `size` pixels."""
     h, w = (min(n // multiple * multiple, size or n) for n in photo.shape[:2])
@@ -92,14 +90,14 @@ def embedded(suite, size=256, seed=0, draws=1, photos=None):
     check_suite(suite)
     photos = held_out() if photos is None else photos
     photos = {name: center(photo, size) for name, photo in photos.items()}
+    cases = list(product(COLUMNS[suite], photos.items(), range(seed, seed + draws)))
 
     def make():
-        for column in COLUMNS[suite]:
-            for name, photo in photos.items():
-                for draw in range(seed, seed + draws):
-                    yield origin("embedded", suite, column, name, draw), *pair(photo, suite, column, draw)
+        for column, (name, photo), draw in cases:
+            about = dict(source="embedded", suite=suite, column=column, photo=name, draw=draw)
+            yield about, *pair(photo, suite, column, draw)
 
-    return Cases(len(COLUMNS[suite]) * len(photos) * draws, make)
+    return Cases(len(cases), make)
 
 
 def real(suite, root):
@@ -123,7 +121,8 @@ def real(suite, root):
             stream = np.random.RandomState(0)  # one for the noise of all photos of a column, in their order
             for x, y in paths:
                 name = (x or y).relative_to(root).as_posix()
-                yield origin("real", suite, column, name), *published_pair(x, y, column, stream)
+                about = dict(source="real", suite=suite, column=column, photo=name, draw=0)
+                yield about, *published_pair(x, y, column, stream)
 
     return Cases(sum(map(len, files.values())), make, notes)
 
@@ -166,18 +165,22 @@ def keep(photos=None, size=256):
         photos = held_out() | {Path(name).stem: read(installed(name)) for name in GOOD}
     dark = {Path(name).stem: read(installed(name)) for name in DARK}
     flat = {name: np.full((size // 2, size // 2, 3), color, np.uint8) for name, color in FLAT.items()}
-    groups = {column: photos for column in KEEP} | dict(dark=dark, flat=flat)
+    groups = dict.fromkeys(KEEP, photos) | dict(dark=dark, flat=flat)
+    cases = [(column, *item) for column, group in groups.items() for item in group.items()]
 
     def make():
-        for column, group in groups.items():
-            for name, photo in group.items():
-                y = to_tensor(center(np.atleast_3d(photo), size))
-                yield origin("embedded", "keep", column, name), KEEP[column](y, generator(0)), y
+        for column, name, photo in cases:
+            y = to_tensor(center(np.atleast_3d(photo), size))
+            about = dict(source="embedded", suite="keep", column=column, photo=name, draw=0)
+            yield about, KEEP[column](y, generator(0)), y
 
-    return Cases(sum(map(len, groups.values())), make)
+    return Cases(len(cases), make)
 
 
 # --------------------------------------------------------------------------------------------------- measuring
+TEXT = dict(encoding="utf-8", errors="surrogateescape")  # names of files may hold anything
+
+
 class Rows:
     """Rows in memory and in a CSV file that only grows: what is in it need not be measured again.
 
@@ -198,19 +201,19 @@ class Rows:
     def resume(self):
         if self.path.suffix != ".csv":
             raise InputError(f"cannot write a table to {str(self.path)!r}: pass the name of a file that ends in .csv")
-        self.write("")  # fail early
-        text = self.path.read_bytes().decode("utf-8", "surrogateescape")
-        if not text:
-            return self.write(self.line(self.columns))
+        self.write()  # fail early
+        if self.path.stat().st_size == 0:
+            return self.write(self.columns)
+        text = self.path.read_bytes().decode(**TEXT)
         whole = text[: text.rfind("\n") + 1]
-        if not whole.startswith(self.line(self.columns)):
+        if not whole.startswith(",".join(f'"{name}"' for name in self.columns) + "\n"):
             raise InputError(f"{str(self.path)!r} is a table of another kind: delete it or pass another file")
         for row in csv.DictReader(io.StringIO(whole, newline=""), quoting=csv.QUOTE_NONNUMERIC):
             run = row.pop("run")
             if run != self.run:
                 raise InputError(f"{str(self.path)!r} was begun with {run}, not {self.run}: pass another file")
             self.done[self.key(row)] = {name: value for name, value in row.items() if value != ""}
-        self.write("", cut=len(whole.encode("utf-8", "surrogateescape")))
+        os.truncate(self.path, len(whole.encode(**TEXT)))
 
     def find(self, **row):
         return self.done.get(self.key(row))
@@ -219,24 +222,18 @@ class Rows:
         """Keep a row, without values that are None, unless one with its keys is there; return what is kept."""
         if self.key(row) not in self.done:
             self.done[self.key(row)] = {name: value for name, value in row.items() if value is not None}
-            self.write(self.line([row.get(name) for name in self.columns[:-1]] + [self.run]))
+            self.write([row.get(name) for name in self.columns[:-1]] + [self.run])
         return self.done[self.key(row)]
 
     def key(self, row):
         return tuple(row[name] for name in self.keys)
 
-    def line(self, cells):
-        text = io.StringIO()
-        csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerow(cells)
-        return text.getvalue()
-
-    def write(self, text, cut=None):  # to the end of the file, or behind its first `cut` bytes
+    def write(self, *lines):  # to the end of the file
         if self.path:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "ab") as f:
-                    f.truncate(cut)
-                    f.write(text.encode("utf-8", "surrogateescape"))
+                with open(self.path, "a", newline="", **TEXT) as f:
+                    csv.writer(f, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(lines)
             except OSError as e:
                 raise InputError(f"cannot write {str(self.path)!r}: {e.strerror or e}") from e
 
@@ -254,16 +251,16 @@ def measure(model, cases, steps=None, against=None, output=None, progress=True):
     Returns a dict for each case and estimate, with KEYS, psnr, ssim, and of constant images `step`: the largest
         distance of a value from its color's median, in levels of 255."""
     steps = default_steps(model) if steps is None else steps
-    models, measured = [model] if against is None else [model, against], []
-    weights = "+".join(f"{checksum(*m.state_dict().values()):08x}" for m in models)
+    others, measured = [] if against is None else [against], []
+    weights = "+".join(f"{checksum(*m.state_dict().values()):08x}" for m in (model, *others))
     rows = Rows(output, KEYS, VALUES, steps=steps, weights=weights)
-    names = ["input", *["backbone"][: len(models) - 1], *(f"y{t}" for t in range(steps + 1))]
-    with accelerated(*models):
+    names = ["input"] + ["backbone"] * len(others) + [f"y{t}" for t in range(steps + 1)]
+    with accelerated(model, *others):
         for about, x, y in tqdm(cases, unit="pair", disable=not progress):
             about = about | dict(checksum=checksum(x, y))
             found = [rows.find(**about, estimate=name) for name in names]
             if None in found:
-                estimates = [x, *(m.refine(x.to(next(m.parameters())), 0) for m in models[1:])]
+                estimates = [x] + [other.refine(x.to(next(other.parameters())), 0) for other in others]
                 estimates += model.refine(x.to(next(model.parameters())), steps, return_all=True)
                 found = [rows.add(**about, estimate=n, **scores(e, y, about)) for n, e in zip(names, estimates)]
             measured += found
