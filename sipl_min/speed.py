@@ -64,7 +64,7 @@ def as_released(model):
 VARIANTS = {"released": as_released, "plain": lambda model: model, "fast": accelerate, "compiled": lambda model: model}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of the network; in training of autocast
 KEYS = ["preset", "T", "size", "variant", "dtype"]
-VALUES = ["seconds", "faster", "megabytes", "smaller", "difference", "failed"]
+VALUES = ["seconds", "faster", "megabytes", "smaller", "difference"]
 
 
 def job(preset, T, size, variant, dtype, device):
@@ -141,24 +141,15 @@ def alone(function, *args):
 
 
 def measure(rows, work, kinds, repeats, device):
-    """Rows of all kinds (variant, dtype) of one work (preset, T, size), measured and added where `rows` lacks any.
-
-    What does not run, most likely for lack of memory, has `failed` instead of numbers, the first line of the error."""
+    """Rows of all kinds (variant, dtype) of one work (preset, T, size), measured and added where `rows` lacks any."""
     names = [dict(zip(KEYS, (*work, *kind))) for kind in kinds]
     if all(rows.find(**name) for name in names):
         return [rows.find(**name) for name in names]
-    results = []
-    for kind in kinds:
-        try:
-            results.append(dict(megabytes=alone(peak, work, kind, device)))
-        except RuntimeError as e:  # also where the process was killed
-            results.append(dict(failed=str(e).split("\n")[0]))
-    running = [i for i, result in enumerate(results) if "failed" not in result]
-    times = alone(race, work, [kinds[i] for i in running], repeats, device) if running else []
-    for i, found in zip(running, times):
-        results[i] |= found if running[0] == 0 else dict(seconds=found["seconds"])  # no first kind, no ratios
-        if results[0].get("megabytes") and results[i]["megabytes"]:
-            results[i]["smaller"] = results[0]["megabytes"] / results[i]["megabytes"]
+    peaks = [alone(peak, work, kind, device) for kind in kinds]
+    results = alone(race, work, kinds, repeats, device)
+    for megabytes, result in zip(peaks, results):
+        result["megabytes"] = megabytes
+        result["smaller"] = peaks[0] / megabytes if megabytes and peaks[0] else None
     return [rows.add(**name, **result) for name, result in zip(names, results)]
 
 

@@ -9,9 +9,9 @@ test images. Trainings and tables lie in FOLDER; an interrupted command goes on 
 data/README.md."""
 
 import argparse
-import functools
-import itertools
 import sys
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +78,8 @@ def share_between_images(model, images):
 
 
 UNLIKE = {  # what no training has seen: column -> further degradation of the clean image x
-    "denser haze": functools.partial(haze, beta=(2.5, 3.5)),
-    "stronger noise": functools.partial(noise, sigma=75.0),
+    "denser haze": partial(haze, beta=(2.5, 3.5)),
+    "stronger noise": partial(noise, sigma=75.0),
     "snow, then JPEG": lambda x, g: jpeg(degrade(x, g, "cdd11", ["snow"]), g, quality=(20, 30)),
 }
 
@@ -128,7 +128,7 @@ def capacity(model, photos):
 def cost(presets=("nano", "small", "paper"), size=256):
     """A Markdown table: operations of the first pass, and of T refinements as multiples of it."""
     text = ["| preset | loop | operations per pixel, T = 0 | T = 1 | T = 2 | T = 3 | T = 4 |", "|---" * 7 + "|"]
-    for preset, loop in itertools.product(presets, ("privilege", "chain", "as released")):
+    for preset, loop in product(presets, ("privilege", "chain", "as released")):
         with torch.device("meta"):  # counted, not computed
             model = as_released(SIPL(preset)) if loop == "as released" else SIPL(preset)
             counted = [operations(model, T, loop, size) for T in range(5)]
@@ -138,9 +138,8 @@ def cost(presets=("nano", "small", "paper"), size=256):
 
 
 # -------------------------------------------------------------------------------------------------------- study
-GUIDED = {recipe: (recipe, {}) for recipe in ("authors", "privilege", "unroll")}
-PLAIN = {"backbone": ("backbone", 0), "equal compute": ("backbone", 1)}
-QUESTIONS = {"who": (who, ["authors", "privilege", "unroll"]), "capacity": (capacity, [*PLAIN, *GUIDED])}
+GUIDED = ["authors", "privilege", "unroll"]
+QUESTIONS = {"who": (who, GUIDED), "capacity": (capacity, ["backbone", "equal compute", *GUIDED])}
 
 
 def build(arm, dim, seed=0):
@@ -148,7 +147,7 @@ def build(arm, dim, seed=0):
     torch.manual_seed(seed)
     recipe = arm if arm in GUIDED else "backbone"
     dim = wider(dim) if arm == "equal compute" else dim
-    return SIPL("nano", dim=dim, **RECIPE_SETTINGS.get(recipe, {})), recipe
+    return SIPL("nano", dim=dim, **RECIPE_SETTINGS[recipe]), recipe
 
 
 def run(
@@ -193,14 +192,13 @@ def run(
 def report(rows):
     """A Markdown table: a line for each arm, PSNR (dB), mean over images and columns ± deviation over seeds."""
     text = []
-    unlike = {False: "like training", True: "unlike training"}
-    for kind, title in unlike.items():
-        mine = [r for r in rows if (r["column"] in UNLIKE) == kind]
-        names = list(dict.fromkeys(r["name"] for r in mine))
-        text += [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"] if mine else []
-        for arm in dict.fromkeys(r["arm"] for r in mine):
-            text.append(f"| {arm} | " + " | ".join(spread(mine, arm, name) for name in names) + " |")
-        text.append("")
+    for unlike, title in ((False, "like training"), (True, "unlike training")):
+        if mine := [row for row in rows if (row["column"] in UNLIKE) == unlike]:
+            names = list(dict.fromkeys(row["name"] for row in mine))
+            text += [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+            for arm in dict.fromkeys(row["arm"] for row in mine):
+                text.append(f"| {arm} | " + " | ".join(spread(mine, arm, name) for name in names) + " |")
+            text.append("")
     return "\n".join(text)
 
 
