@@ -9,10 +9,12 @@ import math
 import os
 import re
 import signal
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -172,16 +174,16 @@ def fit(
     Raises InputError for what cannot work, and for a checkpoint of another training; and FloatingPointError, which
     names the step, where loss or gradient is not finite, before that reaches a weight or a checkpoint."""
     folder = None if folder is None else Path(folder)
-    state = read_checkpoint(folder, model) if folder else None
-    before = state["run"] if state else finetune_options(model, options.get("start"))  # stand for what is not given
+    fresh = dict(run=finetune_options(model, options.get("start")), step=0, log=[])
+    state = (read_checkpoint(folder, model) if folder else None) or fresh
+    before, first, log = state["run"], state["step"], state["log"]
     o = Options(**{name: before[name] for name in Options.__annotations__ if name in before} | options)
     recipe, label = find_recipe(recipe, before, model)
     data = find_data(data, o)
     run = describe(model, label, data, o)
-    changes = compare(folder, state, run) if state else ""
+    changes = compare(folder, state, run) if first else ""
     device = pick_device(device)
     rank, world = ranks()
-    first, log = (state["step"], state["log"]) if state else (0, [])
     if folder and rank == 0:
         write_log(folder, log)  # where nothing can be written, it is found out now
         print(changes, end="")
@@ -195,7 +197,7 @@ def fit(
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(o.ema), use_buffers=True) if o.ema else None
     result = average.module if average else model
     parts = dict(model=model, optimizer=optimizer) | (dict(average=average) if average else {})
-    for name, part in parts.items() if state else ():
+    for name, part in parts.items() if first else ():
         part.load_state_dict(state.pop(name))
 
     def save(step):
@@ -211,7 +213,7 @@ def fit(
     recorded = device.type == "cuda" and world == 1 and isinstance(data, Images) and label in RECIPES  # of one shape
     source = batches(data, first, o, device)
     bar = tqdm(range(first, o.num_steps), initial=first, total=o.num_steps, disable=not progress or rank, unit="step")
-    with Stop() as stop:
+    with patient() as asked:
         for step in bar:
             torch.manual_seed(hash_seed(o.seed, step, 3))  # for data sets, recipes and layers that draw random numbers
             x, y = next(source)
@@ -223,7 +225,7 @@ def fit(
                 optimizer.zero_grad()
                 totals = backward(network, x, y, o.accumulate)
             norm = nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
-            totals = F.pad(torch.cat([totals, norm[None] / world]), (0, 1), value=float(stop.asked))
+            totals = F.pad(torch.cat([totals, norm[None] / world]), (0, 1), value=float(asked.is_set()))
             if world > 1:
                 dist.all_reduce(totals)
             loss, psnr, norm, stopping = totals.tolist()  # the one moment when the processor waits for the device
@@ -302,24 +304,23 @@ class Graph:
         return self.totals
 
 
-class Stop:
-    """Within `with Stop() as stop:` the first Ctrl-C only sets `stop.asked`, so that a step is never cut in half."""
+@contextlib.contextmanager
+def patient():
+    """Yields an event that the first Ctrl-C only sets, so that a step is never cut in half; a second stops at once."""
+    asked, before = threading.Event(), signal.getsignal(signal.SIGINT)
 
-    asked = False
+    def ask(*_):
+        asked.set()
+        signal.signal(signal.SIGINT, before)
 
-    def __enter__(self):
-        self.before = signal.getsignal(signal.SIGINT)
-        with contextlib.suppress(ValueError):  # only in the main thread can signals be handled
-            signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def ask(self, *_):
-        self.asked = True
-        self.__exit__()  # a second Ctrl-C stops at once
-
-    def __exit__(self, *_):
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, self.before)
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield asked
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ------------------------------------------------------------------------------------------- recipe, data, devices
@@ -350,16 +351,17 @@ def find_data(data, o):
 
 def batches(data, first, o, device):
     """Yield x, y (B, 3, H, W) on the device, from step `first` on."""
+    pin = o.num_workers > 0 and device.type == "cuda"
+    load = partial(DataLoader, num_workers=o.num_workers, pin_memory=pin, worker_init_fn=leave_interrupts)
     if isinstance(data, Images):
         options = dict(suite=o.suite, crop_size=o.crop_size, batch_size=o.batch_size, seed=o.seed, mild=o.mild)
-        made = Batches(data, options | dict(device="cpu" if o.num_workers else device))
-        steps = range(first, o.num_steps)
-        for x, y in loader(made, o, device, batch_size=None, sampler=steps):
+        make = partial(batch, data, device="cpu" if o.num_workers else device, **options)
+        for x, y, _ in load(range(first, o.num_steps), batch_size=None, collate_fn=make):  # step -> its batch
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         return
     while True:
         count = 0
-        for x, y in in_order(data, first, o, device) if isinstance(data, Dataset) else data:
+        for x, y in in_order(data, first, o, load) if isinstance(data, Dataset) else data:
             if not 0 <= y.min() <= y.max() <= 1:
                 raise InputError(f"clean images must have values in [0, 1], not {y.min():.3g} to {y.max():.3g}")
             yield x.to(device), y.to(device)
@@ -368,28 +370,12 @@ def batches(data, first, o, device):
             raise InputError("there are no more batches: pass what can be gone through again, such as a DataLoader")
 
 
-class Batches(Dataset):
-    """Batch number `step` of `data.batch` as item `step`, which workers of a DataLoader make ahead."""
-
-    def __init__(self, images, options):
-        self.images, self.options = images, options
-
-    def __getitem__(self, step):
-        return batch(self.images, step, **self.options)[:2]
-
-
-def loader(data, o, device, **options):
-    pin = o.num_workers > 0 and device.type == "cuda"
-    options |= dict(num_workers=o.num_workers, pin_memory=pin, worker_init_fn=leave_interrupts)
-    return DataLoader(data, **options)
-
-
 def leave_interrupts(_):
     """Ctrl-C reaches the workers too, and only `fit` is to act on it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def in_order(data, first, o, device):
+def in_order(data, first, o, load):
     """Batches of a data set, each epoch in an order of its own that follows from the seed."""
     per_epoch = max(len(data) // o.batch_size, 1)
     for epoch in itertools.count(first // per_epoch):
@@ -398,7 +384,7 @@ def in_order(data, first, o, device):
         g = generator(hash_seed(o.seed, epoch, 4))
         order = [indices.tolist() for indices in torch.randperm(len(data), generator=g).split(o.batch_size)]
         skipped = max(first - epoch * per_epoch, 0)
-        yield from loader(data, o, device, batch_sampler=order[skipped:per_epoch], generator=g)
+        yield from load(data, batch_sampler=order[skipped:per_epoch], generator=g)
 
 
 def pick_device(name: Any = None) -> torch.device:
@@ -447,19 +433,19 @@ def describe(model, label, data, o):
 
 def counts(images):
     """Images by name, pairs by column: how many there are of each."""
-    pairs = [re.match("(.+): ([0-9]+) pairs|", name) for name in images]
-    found = Counter(name for name, pair in zip(images, pairs) if not pair[0])
-    return found + Counter({pair[1]: int(pair[2]) for pair in pairs if pair[0]})
+    found = Counter()
+    for name in images:
+        pairs = re.match("(.+): ([0-9]+) pairs", name)
+        found[pairs[1] if pairs else name] += int(pairs[2]) if pairs else 1
+    return found
 
 
 def compare(folder, state, run):
     """What is new in a training that goes on, as a line. Raises InputError where it would not be the same training."""
-    was, now, changes = state["run"], run, []
-    path = repr(str(folder / "checkpoint.pt"))
-    if now["num_steps"] < state["step"]:
-        done = state["step"]
+    path, done, was, changes = repr(str(folder / "checkpoint.pt")), state["step"], state["run"], []
+    if run["num_steps"] < done:
         raise InputError(f"{path} has {done} steps behind it: pass num_steps={done} (--steps {done}) or more")
-    for name, new in (now | now["settings"]).items():
+    for name, new in (run | run["settings"]).items():
         old = (was | was["settings"]).get(name, new)
         if old == new or name in ("settings", "command"):
             continue
@@ -472,7 +458,7 @@ def compare(folder, state, run):
                 old, new = len(old), f"{len(new)} others"
             advice = "repeat its arguments, or pass another folder"
             raise InputError(f"{path} is of another training ({name}={old!r}, now {new!r}): {advice}")
-    return f"{path} goes on from step {state['step']}, with {', '.join(changes)}\n" if changes else ""
+    return f"{path} goes on from step {done}, with {', '.join(changes)}\n" if changes else ""
 
 
 def save_checkpoint(folder, result, log, parts, **state):
