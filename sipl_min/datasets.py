@@ -18,12 +18,13 @@ class DataSet:
     name: str
     role: str  # "train" or "test"
     count: int  # pairs, or clean images
-    where: str  # names by which a folder is known
+    where: str  # names that a part of a folder's path has, in lower case, whole words
     columns: tuple  # of the tables that it is the test or the training for
     source: str  # paper and page
     clean: bool = False  # clean images only: their degradation is made here
     clear: int | None = None  # distinct targets, where fewer than inputs
     other: tuple = ()  # (count, what a copy of this size is)
+    task: str | None = None  # another such name, which counts only for the very folder that holds the images
 
     def layout(self):
         """Where its images belong below the root, in words."""
@@ -47,24 +48,22 @@ NEW_RAIN = "the newer version of Rain100L, with which these tables do not compar
 NOISE = ("CBSD68_15", "CBSD68_25", "CBSD68_50")
 WEATHER = ("Snow100K-S", "Snow100K-L", "Outdoor-Rain", "RainDrop")
 
-# `where`: names that a part of the path has, in lower case, whole words; behind "=" the word for a task, which counts
-# only as the name of the very folder that holds the images. The deepest part that tells wins, then the order here.
-SETS = (
+SETS = (  # the deepest part of a path that tells wins, then the order here
     DataSet("CBSD68", "test", 68, r"c?bsds?68", NOISE, BSD, clean=True),
-    DataSet("BSD400 + WED", "train", 5144, r"bsds?400.+wed|=denoise", (), TOGETHER, clean=True),
+    DataSet("BSD400 + WED", "train", 5144, r"bsds?400.+wed", (), TOGETHER, clean=True, task="denoise"),
     DataSet("BSD400", "train", 400, r"bsds?400", (), BSD, clean=True),
     DataSet("WED", "train", 4744, r"wed|waterloo[a-z]*", (), WED, clean=True),
     DataSet("RainDrop", "test", 58, r"(de)?rain.?drop", ("RainDrop",), QIAN),
-    DataSet("Outdoor-Rain", "test", 750, r"outdoor.?(heavy.?)?rain|=test1", ("Outdoor-Rain",), HEAVY_RAIN),
+    DataSet("Outdoor-Rain", "test", 750, r"outdoor.?(heavy.?)?rain", ("Outdoor-Rain",), HEAVY_RAIN, task="test1"),
     DataSet("AllWeather", "train", 18069, r"all.?weather", WEATHER, TRANSWEATHER),
-    DataSet("Rain100L", "test", 100, r"rain100l|=derain", ("Rain100L",), JORDER, other=(200, NEW_RAIN)),
-    DataSet("Rain100L", "train", 200, r"rain100l|=derain", ("Rain100L",), JORDER, other=(1800, NEW_RAIN)),
-    DataSet("SOTS-outdoor", "test", 500, r"sots|outdoor|=dehaze", ("SOTS",), RESIDE, clear=492),
-    DataSet("OTS", "train", 72135, r"ots|outdoor|=dehaze", ("SOTS",), RESIDE, clear=2061),
-    DataSet("GoPro", "test", 1111, r"gopro[a-z]*|=deblur", ("GoPro",), DEEPDEBLUR),
-    DataSet("GoPro", "train", 2103, r"gopro[a-z]*|=deblur", ("GoPro",), DEEPDEBLUR),
-    DataSet("LOL-v1", "test", 15, r"lol(v1|.?dataset)?|eval15|=enhance", ("LOLv1",), RETINEX),
-    DataSet("LOL-v1", "train", 485, r"lol(v1|.?dataset)?|our485|=enhance", ("LOLv1",), RETINEX),
+    DataSet("Rain100L", "test", 100, r"rain100l", ("Rain100L",), JORDER, other=(200, NEW_RAIN), task="derain"),
+    DataSet("Rain100L", "train", 200, r"rain100l", ("Rain100L",), JORDER, other=(1800, NEW_RAIN), task="derain"),
+    DataSet("SOTS-outdoor", "test", 500, r"sots|outdoor", ("SOTS",), RESIDE, clear=492, task="dehaze"),
+    DataSet("OTS", "train", 72135, r"ots|outdoor", ("SOTS",), RESIDE, clear=2061, task="dehaze"),
+    DataSet("GoPro", "test", 1111, r"gopro[a-z]*", ("GoPro",), DEEPDEBLUR, task="deblur"),
+    DataSet("GoPro", "train", 2103, r"gopro[a-z]*", ("GoPro",), DEEPDEBLUR, task="deblur"),
+    DataSet("LOL-v1", "test", 15, r"lol(v1|.?dataset)?|eval15", ("LOLv1",), RETINEX, task="enhance"),
+    DataSet("LOL-v1", "train", 485, r"lol(v1|.?dataset)?|our485", ("LOLv1",), RETINEX, task="enhance"),
     DataSet("CDD-11", "test", 2200, r"cdd.?11", tuple(CDD11), ONERESTORE, clear=200),
     DataSet("CDD-11", "train", 13013, r"cdd.?11", tuple(CDD11), ONERESTORE, clear=1183),
     DataSet("Snow100K-S", "test", 16611, r"snow100k.?s", ("Snow100K-S",), DESNOW),
@@ -123,17 +122,15 @@ def fitting(parts, role, clean=None):
 
     clean: whether they have clean images only; None for any set, in any layout."""
 
-    def tells(where, depth):
-        name, _, task = where.partition("=")
-        part = parts[depth].lower()
-        task_counts = clean is None or depth == len(parts) - 1
-        return name and whole(name.rstrip("|"), part) or task_counts and part == task
-
-    if any(whole(OTHERS, part.lower()) for part in parts):
+    parts = [part.lower() for part in parts]
+    if any(whole(OTHERS, part) for part in parts):
         return []
     several = [what for what in SETS if role in (what.role, None) and clean in (what.clean, None)]
-    levels = ([what for what in several if tells(what.where, depth)] for depth in reversed(range(len(parts))))
-    return next(filter(None, levels), [])
+    for depth, part in reversed([*enumerate(parts)]):
+        task = part if clean is None or depth == len(parts) - 1 else ""
+        if fits := [what for what in several if whole(what.where, part) or what.task == task]:
+            return fits
+    return []
 
 
 def whole(pattern, part):
