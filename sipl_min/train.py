@@ -356,17 +356,16 @@ def batches(data, first, o, device):
     if isinstance(data, Images):
         options = dict(suite=o.suite, crop_size=o.crop_size, batch_size=o.batch_size, seed=o.seed, mild=o.mild)
         make = partial(batch, data, device="cpu" if o.num_workers else device, **options)
-        for x, y, _ in load(range(first, o.num_steps), batch_size=None, collate_fn=make):  # step -> its batch
-            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        return
-    while True:
-        count = 0
-        for x, y in in_order(data, first, o, load) if isinstance(data, Dataset) else data:
-            if not 0 <= y.min() <= y.max() <= 1:
+        epochs = [load(range(first, o.num_steps), batch_size=None, collate_fn=make)]  # step -> its batch
+    else:
+        epochs = in_order(data, first, o, load) if isinstance(data, Dataset) else itertools.repeat(data)
+    for epoch in epochs:
+        x = None
+        for x, y, *_ in epoch:
+            if not (isinstance(data, Images) or 0 <= y.min() <= y.max() <= 1):
                 raise InputError(f"clean images must have values in [0, 1], not {y.min():.3g} to {y.max():.3g}")
-            yield x.to(device), y.to(device)
-            count += 1
-        if count == 0:
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        if x is None:
             raise InputError("there are no more batches: pass what can be gone through again, such as a DataLoader")
 
 
@@ -376,7 +375,7 @@ def leave_interrupts(_):
 
 
 def in_order(data, first, o, load):
-    """Batches of a data set, each epoch in an order of its own that follows from the seed."""
+    """Epochs of a data set, each in an order of its own that follows from the seed, as iterables of batches."""
     per_epoch = max(len(data) // o.batch_size, 1)
     for epoch in itertools.count(first // per_epoch):
         if hasattr(data, "set_epoch"):
@@ -384,7 +383,7 @@ def in_order(data, first, o, load):
         g = generator(hash_seed(o.seed, epoch, 4))
         order = [indices.tolist() for indices in torch.randperm(len(data), generator=g).split(o.batch_size)]
         skipped = max(first - epoch * per_epoch, 0)
-        yield from load(data, batch_sampler=order[skipped:per_epoch], generator=g)
+        yield load(data, batch_sampler=order[skipped:per_epoch], generator=g)
 
 
 def pick_device(name: Any = None) -> torch.device:
