@@ -18,13 +18,13 @@ class DataSet:
     name: str
     role: str  # "train" or "test"
     count: int  # pairs, or clean images
-    where: str  # names that a part of a folder's path has, in lower case, whole words
+    where: str  # pattern of names in a folder's path, in lower case, whole words
     columns: tuple  # of the tables that it is the test or the training for
     source: str  # paper and page
     clean: bool = False  # clean images only: their degradation is made here
     clear: int | None = None  # distinct targets, where fewer than inputs
     other: tuple = ()  # (count, what a copy of this size is)
-    task: str | None = None  # another such name, which counts only for the very folder that holds the images
+    task: str | None = None  # another name, which counts only for the very folder that holds the images
 
     def layout(self):
         """Where its images belong below the root, in words."""
@@ -142,7 +142,7 @@ def find(root):
 
     Known layouts: those of AirNet, PromptIR, OneRestore, Restormer, the originals, and any folder named after its set
     with `input` and `target` in it. Several folders of one set (GoPro's scenes) are put together."""
-    root, found, strange = Path(root), {}, []
+    root, found, strange = Path(root), {what: Found(what) for what in SETS}, []
     if not root.is_dir():
         raise InputError(f"no folder {str(root)!r}: put the data sets below one, and name it with --data")
     for place, folders, files in os.walk(root):
@@ -165,14 +165,14 @@ def find(root):
         else:
             continue
         if pairs:
-            found.setdefault(fits[0], Found(fits[0])).add(folder, pairs)
+            found[fits[0]].add(folder, pairs)
         else:
             strange.append((folder, fits))
-    known = {*found}
+    known = {what for what, item in found.items() if item.folders}
     for folder, fits in strange:  # what a role does not tell may be part of what is known already
         for what in fits if known.isdisjoint(fits) else ():
-            found.setdefault(what, Found(what)).folders.append(folder)
-    return [found[what] for what in SETS if what in found]
+            found[what].add(folder, {})
+    return [item for item in found.values() if item.folders]
 
 
 def columns_of(folders):
@@ -236,7 +236,7 @@ def report(root):
         if item := found.get(what):
             wrong, more = problems(item), len(item.folders) - 2
             places = ", ".join(map(str, item.folders[:2])) + (f" and {more} more" if more > 0 else "")
-            lines.append(f"{'CHECK  ' if wrong else 'found  '}  {name} in {places}")
+            lines.append(f"{'CHECK' if wrong else 'found'}    {name} in {places}")
             lines += [f"           {line}" for line in wrong]
         else:
             lines.append(f"missing  {name}: {what.source}; put it in {Path(root) / what.layout()}")

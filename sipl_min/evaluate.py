@@ -241,9 +241,8 @@ VALUES = ["psnr", "ssim", "step"]
 def measure(model, cases, steps=None, against=None, output=None, progress=True):
     """Measure "input", "y0", ..., "yT", and the first pass of a second model `against`, named "backbone".
 
-    Args:
-        cases: from a maker above, or a list like it. steps: T; None takes what suits the weights.
-        output: a CSV file, to which each row is added once it is measured; the same call skips what is there.
+    cases: from a maker above, or a list like it. steps: T; None takes what suits the weights.
+    output: a CSV file, to which each row is added once it is measured; the same call skips what is there.
     Returns a dict for each case and estimate, with KEYS, psnr, ssim, and of constant images `step`: the largest
         distance of a value from its color's median, in levels of 255."""
     steps = default_steps(model) if steps is None else steps
