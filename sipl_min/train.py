@@ -176,7 +176,7 @@ def fit(
     folder = None if folder is None else Path(folder)
     fresh = dict(run=finetune_options(model, options.get("start")), step=0, log=[])
     state = (read_checkpoint(folder, model) if folder else None) or fresh
-    before, first, log = state["run"], state["step"], state["log"]
+    before, first, log = state["run"], state["step"], state["log"]  # `before` stands for what is not given
     o = Options(**{name: before[name] for name in Options.__annotations__ if name in before} | options)
     recipe, label = find_recipe(recipe, before, model)
     data = find_data(data, o)
@@ -441,7 +441,8 @@ def counts(images):
 
 def compare(folder, state, run):
     """What is new in a training that goes on, as a line. Raises InputError where it would not be the same training."""
-    path, done, was, changes = repr(str(folder / "checkpoint.pt")), state["step"], state["run"], []
+    path, done = repr(str(folder / "checkpoint.pt")), state["step"]
+    was, changes = state["run"], []
     if run["num_steps"] < done:
         raise InputError(f"{path} has {done} steps behind it: pass num_steps={done} (--steps {done}) or more")
     for name, new in (run | run["settings"]).items():
