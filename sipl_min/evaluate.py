@@ -291,18 +291,18 @@ def published(suite, value="psnr"):
     return {row["method"]: row[value] for row in tables.get(suite, {}).get("rows", [])}
 
 
-def table(rows, suite, value="psnr", methods=("PromptIR", "AdaIR")):
+def table(rows, suite, value="psnr", methods=("PromptIR", "AdaIR"), by_method=False):
     """A table of `psnr` (dB) or `ssim`, a line for each column of the suite: Markdown that reads well as it stands.
 
-    Published figures stand to the right, marked with *. An average of some columns only is called so, and none is
-    published."""
+    Published figures, of `methods` or with None of all, stand to the right, marked with *. An average of some columns
+    only is called so, and none is published. by_method: a line for each estimate and method, as papers have it."""
     means, theirs = average(rows, value), published(suite, value)
     columns = list(means["input"])
     complete = {*columns} == {*COLUMNS.get(suite, KEEP), "average"}
     if "backbone" in means:
         last = [name for name in means if name[0] == "y"][-1]
         means[f"{last} - backbone"] = {c: means[last][c] - means["backbone"][c] for c in columns}
-    for method in methods:
+    for method in theirs if methods is None else methods:
         if any(theirs.get(method, {}).values()):
             means[f"{method}*"] = theirs[method] | ({} if complete else {"average": None})
     lines, digits = [[value.upper(), *means]], 2 if value == "psnr" else 3
@@ -310,6 +310,7 @@ def table(rows, suite, value="psnr", methods=("PromptIR", "AdaIR")):
         name = column if complete or column != "average" else f"average of {len(columns) - 1}"
         numbers = [m.get(column) for m in means.values()]
         lines.append([name] + ["-" if n is None else f"{n:.{digits}f}" for n in numbers])
+    lines = [*map(list, zip(*lines))] if by_method else lines
     widths = [max(map(len, cells)) for cells in zip(*lines)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
     return "\n".join("| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines)

@@ -315,4 +315,8 @@ def test_published_figures_are_marked_and_never_mixed():
                 assert cell == ("-" if figure is None else f"{figure:.2f}")
         assert "published, on the real data sets, other images, and no results of this run" in markdown(rows, suite)
         assert len({len(line) for line in table(rows, suite).splitlines()}) == 1, "columns stand below each other"
+        by_method = cells(table(rows, suite, methods=None, by_method=True))
+        assert {line[0] for line in by_method[2:]} == {"input", "y0"} | {f"{name}*" for name in theirs}
+        figures = {line[0]: dict(zip(by_method[0], line)) for line in by_method[2:]}
+        assert all(figures[name][line[0]] == cell for line in lines for name, cell in zip(head[1:], line[1:]))
     assert evaluate.published("deweather") == {}
