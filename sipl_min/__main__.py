@@ -1,53 +1,34 @@
 """The command line: python -m sipl_min demo | restore | train | benchmark | study | data.
 
-Each command imports what it needs, so that `restore` starts without Matplotlib and scikit-image.
+What needs Matplotlib or scikit-image is imported by the commands that use it, so that `restore` starts without them.
 """
 
 import argparse
 import functools
-import os
 import shlex
 import sys
 from pathlib import Path
 
-from . import BACKBONES, PRESETS, SIPL, InputError, __version__
+import torch
+
+from . import BACKBONES, PRESETS, SIPL, InputError, __version__, datasets, degrade, photos
+from . import train as training
+from .data import Images, Pairs, held_out
+from .fast import accelerate
 from .files import atomic_write
+from .weights import default_steps
 
-SUITES = "three_task, five_task, cdd11, deweather, mixed, everyday"
-
-TRAINING = (  # options of train.fit: name, older names, type, help
-    ("steps", ("--num-steps",), int, "training steps"),
-    ("batch-size", ("--count",), int, "crops in a batch, of all processes together"),
-    ("crop-size", ("--size",), int, "pixels a side of a crop"),
-    ("lr", ("--peak",), float, "highest learning rate"),
-    ("warmup", (), int, "steps until it is reached"),
-    ("weight-decay", (), float, "of AdamW"),
-    ("grad-clip", (), float, "largest gradient norm"),
-    ("seed", (), int, "of everything random"),
-    ("save-every", (), int, "steps between checkpoints"),
-    ("save-minutes", (), float, "minutes between checkpoints"),
-    ("accumulate", (), int, "work on a batch in so many parts, for lack of memory"),
-    ("num-workers", (), int, "processes that make batches ahead"),
-    ("ema", (), float, "decay of a moving average of the weights, e.g. 0.999, which then is the result"),
-    ("decibels", (), float, "weight of PSNR in the loss beside L1, e.g. 0.002: spares photos that are nearly right"),
-    ("mild", (), float, "share of the crops that are degraded only in part"),
-    ("validate-every", (), int, "log PSNR of the embedded held-out photos every so many steps"),
-)
+SUITES = ", ".join(degrade.SUITES)
 
 
 def main(arguments=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a file name that the terminal cannot show is no reason to fail
-    options = parse(arguments)
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = options.function(options) or 0
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # `... | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
-        return 141
-    except (InputError, FloatingPointError, OSError) as e:
+        return options.function(options) or 0
+    except (ValueError, FloatingPointError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
@@ -56,23 +37,21 @@ def main(arguments=None):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(
-        prog="python -m sipl_min",
-        description="Self-Improved Privilege Learning for image restoration. Start with: python -m sipl_min demo",
-    )
+    about = "Self-Improved Privilege Learning for image restoration. Start with: python -m sipl_min demo"
+    parser = argparse.ArgumentParser(prog="python -m sipl_min", description=about)
     parser.add_argument("--version", action="version", version=f"sipl_min {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(function, text):
-        c = commands.add_parser(function.__name__, help=text, description=text)
+    def command(function, text, **options):
+        c = commands.add_parser(function.__name__, help=text, description=text, **options)
         c.set_defaults(function=function)
         return c
 
     def model(c):
         c.add_argument(
-            "--weights", "--checkpoint", default="nano", help="nano, nano-authors, or a file (default: nano)"
+            "--weights", "--checkpoint", default="nano", help="nano, nano-authors, ... or a file (default: nano)"
         )
-        c.add_argument("--steps", type=natural, help="refinement steps T (default: what suits the weights)")
+        c.add_argument("--steps", type=int, help="refinement steps T (default: what suits the weights)")
         c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
         c.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="to compute in")
 
@@ -80,15 +59,15 @@ def parse(arguments):
     model(c)
     c.add_argument("--output", default="demo.png", help="where the figure goes (default: %(default)s)")
     c.add_argument("--suite", "--setting", default="everyday", help=f"{SUITES} (default: %(default)s)")
-    c.add_argument("--seed", type=natural, default=0, help="of the degradations (default: %(default)s)")
+    c.add_argument("--seed", type=int, default=0, help="of the degradations (default: %(default)s)")
 
     c = command(restore, "Restore a photo, or all photos of a folder; size, depth, alpha and metadata are kept.")
     c.add_argument("input", help="a photo, or a folder of photos")
     c.add_argument("output", help="a file name, or a folder that will be made")
     model(c)
     c.add_argument("--feedback", default="privilege", choices=["privilege", "chain"], help="(default: %(default)s)")
-    c.add_argument("--tile", type=natural, help="pixels a side of windows, 0: never (default: what fits the memory)")
-    c.add_argument("--overlap", type=natural, default=64, help="pixels that windows share (default: %(default)s)")
+    c.add_argument("--tile", type=int, help="pixels a side of windows, 0: never (default: what fits the memory)")
+    c.add_argument("--overlap", type=int, default=64, help="pixels that windows share (default: %(default)s)")
     c.add_argument("--max-pixels", type=float, default=200e6, help="refuse larger photos (default: %(default).0f)")
     c.add_argument("--force", action="store_true", help="restore anew what is there already")
 
@@ -96,18 +75,31 @@ def parse(arguments):
     c.add_argument("folder", help="where checkpoint, log and weights go")
     c.add_argument("--preset", default="nano", choices=PRESETS, help="(default: %(default)s)")
     c.add_argument("--backbone", default="promptir", choices=BACKBONES, help="(default: %(default)s)")
-    c.add_argument(
-        "--weights", help="go on from: nano, a file of yours, a published file; a backbone gets Proxy Fusion"
-    )
+    c.add_argument("--weights", help="go on from: nano, your file, a published file; a backbone gets Proxy Fusion")
     c.add_argument("--images", help="a folder of clean photos (default: the embedded images)")
     c.add_argument("--pairs", nargs=2, metavar=("INPUTS", "TARGETS"), help="two folders of degraded and clean photos")
     c.add_argument("--skip-bad", action="store_true", help="leave out photos and pairs that cannot be used")
     c.add_argument("--data", help="a folder with the public data sets: train on their pairs")
-    recipes = ["authors", "privilege", "unroll", "backbone"]
-    c.add_argument("--recipe", choices=recipes, help="(default: authors, or that of the weights)")
+    c.add_argument("--recipe", choices=training.RECIPES, help="(default: authors, or that of the weights)")
     c.add_argument("--suite", "--setting", help=f"{SUITES} (default: cdd11, or that of the weights)")
-    for name, old, kind, text in TRAINING:
-        c.add_argument(f"--{name}", *old, type=kind, help=text)
+    c.add_argument("--steps", "--num-steps", dest="num_steps", type=int, help="training steps")
+    c.add_argument("--batch-size", "--count", type=int, help="crops in a batch, of all processes together")
+    c.add_argument("--crop-size", "--size", type=int, help="pixels a side of a crop")
+    c.add_argument("--lr", "--peak", type=float, help="highest learning rate")
+    c.add_argument("--warmup", type=int, help="steps until it is reached")
+    c.add_argument("--weight-decay", type=float, help="of AdamW")
+    c.add_argument("--grad-clip", type=float, help="largest gradient norm")
+    c.add_argument("--seed", type=int, help="of everything random")
+    c.add_argument("--save-every", type=int, help="steps between checkpoints")
+    c.add_argument("--save-minutes", type=float, help="minutes between checkpoints")
+    c.add_argument("--accumulate", type=int, help="work on a batch in so many parts, for lack of memory")
+    c.add_argument("--num-workers", type=int, help="processes that make batches ahead")
+    c.add_argument("--ema", type=float, help="decay of a moving average of the weights, e.g. 0.999: the result then")
+    c.add_argument(
+        "--decibels", type=float, help="weight of PSNR in the loss beside L1, e.g. 0.002: spares good photos"
+    )
+    c.add_argument("--mild", type=float, help="share of the crops that are degraded only in part")
+    c.add_argument("--validate-every", type=int, help="log PSNR of the embedded held-out photos every so many steps")
     c.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="in bfloat16 (default: on CUDA only)")
     c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
 
@@ -118,36 +110,22 @@ def parse(arguments):
     c.add_argument("--against", help="weights of a second model, e.g. the backbone of equal training")
     c.add_argument("--output", help="a CSV file, a line for each estimate; an interrupted run continues; tables as .md")
     c.add_argument("--draws", type=int, default=1, help="how often each photo is degraded (default: %(default)s)")
-    c.add_argument("--seed", type=natural, default=0, help="of the degradations (default: %(default)s)")
+    c.add_argument("--seed", type=int, default=0, help="of the degradations (default: %(default)s)")
 
     c = command(data, "Which public data sets are there, whole and readable, and where the others come from.")
     c.add_argument("folder", nargs="?", default="data", help="where to look (default: %(default)s)")
 
-    c = commands.add_parser("study", help="What the loop is worth: see python -m sipl_min.study --help", add_help=False)
-    c.set_defaults(function=study)
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.function is not study:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.rest, options.arguments = rest, sys.argv[1:] if arguments is None else arguments
+    command(study, "What the loop is worth: see python -m sipl_min.study --help", add_help=False)
+    options, options.rest = parser.parse_known_args(arguments)
+    if options.rest and options.function is not study:
+        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
+    options.command = f"python -m sipl_min {shlex.join(arguments)}"
     return options
-
-
-def natural(text):
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0")
-    return int(text)
 
 
 def load(options):
     """The model of --weights on --device in --dtype, fast, and --steps."""
-    import torch
-
-    from .fast import accelerate
-    from .train import pick_device
-    from .weights import default_steps
-    from .weights import load as load_weights
-
-    model = load_weights(options.weights, pick_device(options.device)).to(getattr(torch, options.dtype))
+    model = SIPL.load(options.weights, training.pick_device(options.device)).to(getattr(torch, options.dtype))
     options.steps = default_steps(model) if options.steps is None else options.steps
     if options.steps and not model.fusion:
         raise InputError(f"--steps {options.steps}: {options.weights} has no Proxy Fusion, pass --steps 0")
@@ -155,22 +133,17 @@ def load(options):
 
 
 def demo(options):
-    import matplotlib
-
     from . import evaluate, show
-    from .data import held_out
-    from .degrade import COLUMNS, check_suite
 
-    check_suite(options.suite)
-    matplotlib.use("Agg")  # draw where there is no display
-    asked, model, photos, rows = options.steps, load(options), held_out(), []
+    degrade.check_suite(options.suite)
+    asked, model, rows = options.steps, load(options), []
     if asked is None and model.fusion:  # a demo shows the loop, also where one pass would do
         options.steps = max(options.steps, 1)
-    columns = list(COLUMNS[options.suite])
+    columns = list(degrade.COLUMNS[options.suite])
     columns = ("dim", "noise", "hazy") if options.suite == "everyday" else (columns[-1], columns[0], columns[2])
     print(f"{'photo, degradation':30s}{'input':>9s}" + "".join(f"{f'y{t}':>9s}" for t in range(options.steps + 1)))
-    for name, column in zip(photos, columns):
-        x, y = evaluate.pair(evaluate.center(photos[name], 256), options.suite, column, options.seed)
+    for (name, photo), column in zip(held_out().items(), columns):
+        x, y = evaluate.pair(evaluate.center(photo, 256), options.suite, column, options.seed)
         estimates = model.refine(x.to(next(model.parameters())), options.steps, return_all=True)
         numbers = [evaluate.psnr(e, y) for e in (x, *estimates)]
         print(f"{f'{name}, {column}':30s}" + "".join(f"{n:6.2f} dB" for n in numbers))
@@ -180,12 +153,8 @@ def demo(options):
 
 
 def restore(options):
-    from .photos import restore_folder
-
-    names = ("steps", "feedback", "tile", "overlap", "force", "max_pixels")
-    model = load(options)
-    chosen = {name: getattr(options, name) for name in names}
-    restored, skipped, problems = restore_folder(model, options.input, options.output, **chosen)
+    chosen = {name: getattr(options, name) for name in ("steps", "feedback", "tile", "overlap", "force", "max_pixels")}
+    restored, skipped, problems = photos.restore_folder(load(options), options.input, options.output, **chosen)
     there = f"; {skipped} were there already (--force restores them anew)" if skipped else ""
     print(f"restored {restored} of {restored + skipped + len(problems)} photos, in {options.output!r}{there}")
     for line in problems:
@@ -194,36 +163,26 @@ def restore(options):
 
 
 def train(options):
-    import torch
-
-    from . import data, datasets
-    from . import train as training
-    from . import weights as files
-
-    chosen = {n: v for n in vars(training.Options()) if (v := getattr(options, n, None)) is not None}
-    if options.steps is not None:
-        chosen["num_steps"] = options.steps
-    chosen["command"] = "python -m sipl_min " + shlex.join(options.arguments)
-    settings = training.RECIPE_SETTINGS[options.recipe or "authors"]
+    chosen = {n: v for n in training.Options.__annotations__ if (v := getattr(options, n, None)) is not None}
     torch.manual_seed(options.seed or 0)
     if not options.weights:
+        settings = training.RECIPE_SETTINGS[options.recipe or "authors"]
         model = SIPL(options.preset, backbone=options.backbone, **settings)
         chosen = training.SCHEDULES[options.preset] | chosen
     else:
-        model = files.load(options.weights)
-        chosen["start"] = str(options.weights)
+        model, chosen["start"] = SIPL.load(options.weights), options.weights
         if options.recipe not in (None, "backbone") and not model.fusion:  # starts as good as the backbone is
-            about, model = model.about, files.from_backbone(model, identity_start=True)
+            about, model = model.about, SIPL.from_backbone(model, identity_start=True)
             model.about = {"num_steps": about.get("num_steps", 0)}
     images, suite = None, options.suite or training.finetune_options(model).get("suite", "cdd11")
-    if options.data:
-        found = datasets.training(options.data, suite, skip_bad=options.skip_bad)
-        images = data.Images(**found, cache=2**33, skip_bad=options.skip_bad)
-    elif options.images:
-        images = data.Images(options.images, skip_bad=options.skip_bad)
     if options.pairs:
         size = chosen.get("crop_size", training.Options.crop_size)
-        images = data.Pairs(*options.pairs, crop_size=size, skip_bad=options.skip_bad)
+        images = Pairs(*options.pairs, crop_size=size, skip_bad=options.skip_bad)
+    elif options.data:
+        found = datasets.training(options.data, suite, skip_bad=options.skip_bad)
+        images = Images(**found, cache=2**33, skip_bad=options.skip_bad)
+    elif options.images:
+        images = Images(options.images, skip_bad=options.skip_bad)
     for line in getattr(images, "left_out", ()):
         print(f"left out: {line}")
     if options.validate_every:
@@ -268,9 +227,7 @@ def benchmark(options):
 
 
 def data(options):
-    from .datasets import report
-
-    print("\n".join(report(options.folder)))
+    print("\n".join(datasets.report(options.folder)))
 
 
 def study(options):
