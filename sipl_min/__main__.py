@@ -48,9 +48,7 @@ def parse(arguments):
         return c
 
     def model(c):
-        c.add_argument(
-            "--weights", "--checkpoint", default="nano", help="nano, nano-authors, ... or a file (default: nano)"
-        )
+        c.add_argument("--weights", "--checkpoint", default="nano", help="nano, nano-authors or a file (default: nano)")
         c.add_argument("--steps", type=int, help="refinement steps T (default: what suits the weights)")
         c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
         c.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="to compute in")

@@ -14,9 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from .backbones import BiasFreeNorm
 from .files import InputError, Name, asset, atomic_write
@@ -24,13 +23,6 @@ from .sipl import SIPL, LayerNorm2d, Settings
 from .wrap import Taps, Wrapped
 
 INCLUDED = ("nano", "nano-authors", "nano-backbone")  # trained weights in data/
-
-
-def included(name: str) -> Path:
-    """Path of weights that come with the project. Raises InputError for a name that is not in INCLUDED."""
-    if name not in INCLUDED:
-        raise InputError(f"no weights {name!r} come with the project: use one of {', '.join(INCLUDED)}")
-    return asset(f"{name}.safetensors")
 
 
 def default_steps(model: SIPL) -> int:
@@ -51,10 +43,7 @@ def save(model: SIPL, path: Name) -> None:
         path = path / "model.safetensors"
     tensors = {n: t.cpu().clone(memory_format=torch.contiguous_format) for n, t in model.state_dict().items()}
     with atomic_write(path) as temporary:
-        try:
-            save_file(tensors, temporary, {"sipl_min": header})
-        except SafetensorError as e:  # how safetensors says that the disk is full
-            raise OSError(str(e)) from e
+        temporary.write_bytes(safetensors.torch.save(tensors, {"sipl_min": header}))
 
 
 # -------------------------------------------------------------------------------------------------------- loading
@@ -72,7 +61,8 @@ def load(source: Name | dict[str, Any] = "nano", device: Any = None, net: torch.
     path = None if isinstance(source, dict) else find(source)
     advice = "pass whole weights of SIPL, or of PromptIR, Restormer, AdaIR or NAFNet (RGB, four levels)"
     try:
-        tensors, header = unwrap(*(read(path) if path else (source, {})))
+        content, header = read(path) if path else (source, {})
+        tensors, header = unwrap(content, header)
         wrapped = "encoder" in header.get("settings", {})
         if wrapped:
             advice = "pass the network that it was saved around, SIPL.load(..., net=the_network)"
@@ -96,26 +86,21 @@ def load(source: Name | dict[str, Any] = "nano", device: Any = None, net: torch.
 
 
 def find(source):
-    """The path of what `load` was given by name."""
-    path = included(source) if source in INCLUDED else Path(source)
+    """The path of what `load` was given by name; a model of the Hugging Face hub, "user/model", is fetched."""
+    path = asset(f"{source}.safetensors") if source in INCLUDED else Path(source)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.exists() and find_spec("huggingface_hub"):
-        path = download(source)
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = Path(snapshot_download(source, allow_patterns=["model.safetensors", "config.json"]))
+        except Exception as e:  # no network, no such model, no right to it
+            reason = str(e).split("\n")[0]
+            raise InputError(f"{source!r} is no file here, nor to be had from the Hugging Face hub: {reason}") from e
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         hub = "for an id of the Hugging Face hub install huggingface_hub"
         raise InputError(f"{str(path)!r}: no such file: check the path, use one of {', '.join(INCLUDED)}, or {hub}")
     return path
-
-
-def download(name):
-    """The folder of a model of the Hugging Face hub, by its id "user/model"."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["model.safetensors", "config.json"]))
-    except Exception as e:  # no network, no such model, no right to it
-        reason = str(e).split("\n")[0]
-        raise InputError(f"{name!r} is no file here, and not to be had from the Hugging Face hub: {reason}") from e
 
 
 def read(path):
@@ -125,9 +110,9 @@ def read(path):
             if f.read(9)[8:] != b"{":  # safetensors begin with eight bytes for the length of a JSON header
                 f.seek(0)
                 return torch.load(f, map_location="cpu", weights_only=True), {}
-        with safe_open(path, framework="pt") as f:
+        with safetensors.safe_open(path, framework="pt") as f:
             header = (f.metadata() or {}).get("sipl_min", "{}")
-        return load_file(path), dict(json.loads(header))
+        return safetensors.torch.load_file(path), dict(json.loads(header))
     except Exception as e:  # damaged files raise anything, and PyTorch would advise to run the code in them
         code = re.search(r"GLOBAL ([\w.]+)", str(e))
         reason = f"it wants to call {code[1]}, which is not done here" if code else f"not readable ({type(e).__name__})"
