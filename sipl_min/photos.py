@@ -32,11 +32,11 @@ def find(folder: Name) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no folder {str(folder)!r}: check the path")
-    files = [p for p in folder.rglob("*") if p.suffix.lower() in PHOTOS and not p.is_dir()]
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTOS and not p.is_dir())
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     if not files:
         raise InputError(f"no photos in {str(folder)!r}: put files ending in {', '.join(WRITTEN)} there")
-    return sorted(files)
+    return files
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -88,7 +88,13 @@ def load_pillow(path, max_pixels):
         deep = re.search(DEEP, content, re.DOTALL) or re.search(";16[BLN]", str(image.tile))  # e.g. RGB;16B in PNG
         if deep and not image.mode.startswith("I;16"):
             raise InputError("more than 8 bits a channel are read from gray only, convert it to 16-bit TIFF first")
-        array, info = pixels(image)
+        image.load()
+        try:
+            upright = ImageOps.exif_transpose(image)
+        except SyntaxError:  # what is marked as EXIF is none
+            upright = image
+            del image.info["exif"]
+        info = upright.info
         kept = {name: info[name] for name, kind in KEPT.items() if isinstance(info.get(name), kind)}
         if kept.get("icc_profile", b"")[16:20] == b"CMYK":  # the pixels become RGB
             del kept["icc_profile"]
@@ -100,20 +106,10 @@ def load_pillow(path, max_pixels):
             kept |= dict(qtables=image.quantization, subsampling=max(JpegImagePlugin.get_sampling(image), 0))
         if image.format == "WEBP" and re.search(rb"VP8[L ]", path.read_bytes())[0] == b"VP8L":
             kept |= dict(lossless=True, exact=True)
-    return array, kept
-
-
-def pixels(image):
-    """The pixels of an opened image, and what Pillow knows of it; upright, in the metadata too."""
-    image.load()
-    try:
-        image = ImageOps.exif_transpose(image)
-    except SyntaxError:  # what is marked as EXIF is none
-        del image.info["exif"]
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return np.asarray(image), image.info
-    color = "L" if image.mode in ("1", "L", "LA") else "RGB"  # palettes, CMYK and the like become RGB
-    return np.asarray(image.convert(color + "A" * image.has_transparency_data)), image.info
+        if upright.mode not in ("I", "F") and not upright.mode.startswith("I;16"):
+            color = "L" if upright.mode in ("1", "L", "LA") else "RGB"  # palettes, CMYK and the like become RGB
+            upright = upright.convert(color + "A" * upright.has_transparency_data)
+        return np.asarray(upright), kept
 
 
 def load_tiff(path, max_pixels):
@@ -266,8 +262,8 @@ def window_side(model, shape, tile=None, overlap=64):
     """The side of the windows in which images of a shape (B, C, H, W) are restored."""
     B, _, H, W = shape
     least = math.ceil((2 * overlap + 16) / 16) * 16
-    if overlap < 0 or overlap % 1 or tile and (tile < least or tile % 16):
-        wanted = "0, or a multiple of 16 above twice the overlap, which is a whole number of pixels, 0 or more"
+    if overlap < 0 or tile and (tile < least or tile % 16):
+        wanted = "0, or a multiple of 16 above twice the overlap, which is 0 or more"
         raise InputError(f"tile={tile}, overlap={overlap}: tile must be {wanted}")
     if tile is not None:
         return int(tile) or max(H, W)
@@ -282,11 +278,9 @@ def free_memory(device):
     """Bytes that a computation on this device may still take, as far as can be told; of a CPU's, at most 8 GB."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        told = Path("/proc/meminfo").read_text(encoding="utf-8")
-    except OSError:  # not Linux
-        return 8e9
-    return min(1024 * int(re.search(r"MemAvailable:\s+(\d+)", told)[1]), 8e9)
+    linux = Path("/proc/meminfo")
+    told = re.search(r"MemAvailable:\s+(\d+)", linux.read_text(encoding="utf-8")) if linux.exists() else None
+    return min(1024 * int(told[1]), 8e9) if told else 8e9
 
 
 # --------------------------------------------------------------------------------------------------------- folders
@@ -309,15 +303,14 @@ def restore_folder(model, source, target, steps=None, *, force=False, max_pixels
             photo = read(path, max_pixels)
             check_fits(place, photo)
             write(place, restore(model, photo, **options), like=path)
+            restored += 1
+            if progress and path.suffix.lower() not in WRITTEN:
+                tqdm.write(f"{path}: restored as {place.name}")
         except Exception as e:  # one bad photo never stops the others
             text = str(e).split("\n")[0] or type(e).__name__
             if "memory" in text.lower():
                 text += ": pass a smaller tile (--tile)"
             problems.append(text if repr(str(path)) in text else f"{str(path)!r}: {text}")
-            continue
-        restored += 1
-        if progress and path.suffix.lower() not in WRITTEN:
-            tqdm.write(f"{path}: restored as {place.name}")
     if problems and not source.is_dir():
         raise InputError(problems[0])
     return restored, skipped, problems
@@ -325,9 +318,7 @@ def restore_folder(model, source, target, steps=None, *, force=False, max_pixels
 
 def plan(source, target):
     """The places of restored photos, each with the photo that it comes from."""
-    files, root = [source], source.parent
-    if source.is_dir():
-        files, root = find(source), source
+    files, root = (find(source), source) if source.is_dir() else ([source], source.parent)
     if source.resolve() in target.resolve().parents:  # what was restored earlier is not restored again
         files = [p for p in files if target.resolve() not in p.resolve().parents]
     jobs = {}
