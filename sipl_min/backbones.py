@@ -42,22 +42,20 @@ class Frequency(nn.Module):
         self.weight_new, self.weight_old = nn.Parameter(torch.zeros(dim, 1, 1)), nn.Parameter(torch.ones(dim, 1, 1))
 
     def box(self, u):
-        """Low frequencies of each image: a centered box, True inside, (B, 1, H, W), empty below 128 pixels a side."""
-        h, w = u.shape[-2:]
+        """Low frequencies of each image, in the order of `fft2`: True inside of a box around zero, (B, 1, H, W).
+        It is empty below 128 pixels a side."""
         rate = self.rate(u.mean((-2, -1), keepdim=True)).sigmoid()  # (B, 2, 1, 1)
-        rows, columns = torch.arange(h, device=u.device) - h // 2, torch.arange(w, device=u.device) - w // 2
+        rows, columns = (torch.fft.ifftshift(torch.arange(n, device=u.device) - n // 2) for n in u.shape[-2:])
         # AdaIR calls the size of the box learned, but it is cut to whole numbers, so `rate` gets no gradient
-        a, b = ((size // 128 * r).int() for size, r in zip((h, w), rate.split(1, dim=1)))
-        return ((rows >= -a) & (rows < a)).transpose(-2, -1) & (columns >= -b) & (columns < b)
+        a, b = ((size // 128 * r).int() for size, r in zip(u.shape[-2:], rate.split(1, dim=1)))
+        return ((rows >= -a) & (rows < a)).mT & (columns >= -b) & (columns < b)
 
     def split(self, image, size):
         """Input image -> low and high frequencies (B, C, *size) of its embedding."""
         u = self.embed(F.interpolate(image, size, mode="bilinear"))
-        box, kind, shift = self.box(u), u.dtype, (size[0] // 2, size[1] // 2)
-        u = torch.fft.fft2(u.to(torch.promote_types(kind, torch.float32)), norm="forward").roll(shift, (-2, -1))
-        parts = (torch.where(box, u, 0), torch.where(box, 0, u))
-        back = (-shift[0], -shift[1])
-        return [torch.fft.ifft2(p.roll(back, (-2, -1)), norm="forward").abs().to(kind) for p in parts]
+        box, kind = self.box(u), u.dtype
+        u = torch.fft.fft2(u.to(torch.promote_types(kind, torch.float32)), norm="forward")
+        return [torch.fft.ifft2(p, norm="forward").abs().to(kind) for p in (u * box, u * ~box)]
 
     def forward(self, y, image):  # feature (B, C, h, w), input image (B, 3, H, W)
         low, high = self.split(image, y.shape[-2:])

@@ -63,23 +63,16 @@ class FastBlock(Block):
     def forward(self, x):
         if torch.is_grad_enabled():
             return super().forward(x)
-        x = attend_channels(self.attention, self.norm1, x)  # a new tensor, which may be written over
+        C, sums = x.shape[1], Sums(self.attention.heads)
+        v = torch.empty_like(x, memory_format=torch.channels_last)
+        for place, tile, inner in tiles(x, 3 * C, halo=1):
+            q, k, v[place] = self.attention.qkv(self.norm1(tile))[inner].chunk(3, dim=1)
+            sums.add(q, k)
+        matrix = sums.matrix(self.attention)
+        for place, tile, _ in tiles(x, 3 * C, halo=0):
+            v[place] = tile + mix(matrix, v[place])  # v becomes x + attention(norm1(x))
         width = self.ffn.inner[0].out_channels
-        return tiled(lambda tile: tile + self.ffn(self.norm2(tile)), x, width, halo=1, out=x)
-
-
-def attend_channels(attention, norm, x):
-    """x + attention(norm(x)) for Restormer's channel attention."""
-    C = x.shape[1]
-    v, sums = torch.empty_like(x, memory_format=torch.channels_last), Sums(attention.heads)
-    for place, tile, inner in tiles(x, 3 * C, halo=1):
-        qkv = attention.qkv(norm(tile))[inner]
-        v[place] = qkv[:, 2 * C :]
-        sums.add(*qkv[:, : 2 * C].chunk(2, dim=1))
-    matrix = sums.matrix(attention)
-    for place, tile, _ in tiles(x, 3 * C, halo=0):
-        v[place] = tile + mix(matrix, v[place])  # v becomes the result
-    return v
+        return tiled(lambda tile: tile + self.ffn(self.norm2(tile)), v, width, halo=1, out=v)
 
 
 class Sums:
@@ -137,11 +130,7 @@ class FastCrossAttention(CrossAttention):
         return tiled(lambda tile: plain(tile, k, v), query, width, halo=2)
 
 
-FAST = {
-    Block: FastBlock,
-    ChannelCrossAttention: FastChannelCrossAttention,
-    CrossAttention: FastCrossAttention,
-}
+FAST = {Block: FastBlock, ChannelCrossAttention: FastChannelCrossAttention, CrossAttention: FastCrossAttention}
 
 
 def accelerate(model: SIPL, fast: bool = True) -> SIPL:
@@ -158,11 +147,11 @@ def accelerate(model: SIPL, fast: bool = True) -> SIPL:
 @contextmanager
 def accelerated(*models):
     """Inside, the models are fast; behind, each is as it was."""
-    before = [any(type(module) in FAST.values() for module in model.modules()) for model in models]
-    for model in models:
+    plain = [model for model in models if not any(type(module) in FAST.values() for module in model.modules())]
+    for model in plain:
         accelerate(model)
     try:
         yield
     finally:
-        for model, fast in zip(models, before):
-            accelerate(model, fast)
+        for model in plain:
+            accelerate(model, False)

@@ -1,7 +1,10 @@
 """Figures, as the demo and the notebooks draw them: rows of labelled images, error maps, bars of gains."""
 
+from itertools import zip_longest
+
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
 
 from .evaluate import average, psnr, ssim
 from .files import atomic_write
@@ -19,23 +22,18 @@ def picture(image):
 def panels(rows, width=2.2, top=0.3):
     """Draw a grid of images. rows: lists of (title, image) or (title, image, text below); None leaves a place empty.
 
-    Images are as in `picture`; two-dimensional ones are maps, in color from 0 to `top`. width: inches of a column.
-    """
-    from matplotlib import pyplot as plt
-
-    shapes = [np.shape(picture(next(item for item in row if item)[1])) for row in rows]
-    heights = [width * shape[0] / shape[1] + 0.38 for shape in shapes]
+    Images are as in `picture`; two-dimensional ones are maps, in color from 0 to `top`. width: inches of a column."""
     columns = max(len(row) for row in rows)
-    size = (width * columns, sum(heights))
-    figure, axes = plt.subplots(
-        len(rows), columns, squeeze=False, figsize=size, height_ratios=heights, layout="constrained"
-    )
-    for ax in axes.flat:
-        ax.axis("off")
-    for row, line in zip(rows, axes):
-        for (title, image, *below), ax in ((item, ax) for item, ax in zip(row, line) if item):
-            image = picture(image)
-            ax.imshow(image, **(dict(cmap="inferno", vmin=0, vmax=top) if image.ndim == 2 else {}))
+    shapes = [picture(next(item for item in row if item)[1]).shape for row in rows]
+    heights = [width * shape[0] / shape[1] + 0.38 for shape in shapes]
+    figure = plt.figure(figsize=(width * columns, sum(heights)), layout="constrained")
+    for line, row in zip(figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights), rows):
+        for ax, item in zip_longest(line, row):
+            ax.axis("off")
+            if item is None:
+                continue
+            title, image, *below = item
+            ax.imshow(picture(image), cmap="inferno", vmin=0, vmax=top)  # colored images stay as they are
             ax.set_title(title, fontsize=8)
             ax.text(0.5, -0.03, "".join(below), transform=ax.transAxes, ha="center", va="top", fontsize=8)
     return figure
@@ -59,15 +57,11 @@ def estimates_row(x, estimates, y, name):
 
 def gains(measured):
     """Bars: the gain in PSNR of each estimate over the input, by suite and column. measured: suite -> rows."""
-    from matplotlib import pyplot as plt
-
     means = {suite: average(rows) for suite, rows in measured.items()}
     counts = [len(m["input"]) - 1 for m in means.values()]
-    size = (2 + 0.45 * sum(counts), 3.6)
-    figure, axes = plt.subplots(
-        1, len(means), figsize=size, width_ratios=counts, sharey=True, squeeze=False, layout="constrained"
-    )
-    for ax, (suite, m) in zip(axes.flat, means.items()):
+    figure = plt.figure(figsize=(2 + 0.45 * sum(counts), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(means), width_ratios=counts, sharey=True, squeeze=False)[0]
+    for ax, (suite, m) in zip(axes, means.items()):
         columns, names = list(m["input"])[:-1], [n for n in m if n != "input"]
         bar = 0.8 / len(names)
         for k, name in enumerate(names):
@@ -77,15 +71,13 @@ def gains(measured):
         ax.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize=8)
         ax.set_title(suite, fontsize=10)
         ax.axhline(0, color="k", lw=0.8)
-    axes[0, 0].set_ylabel("PSNR over the input (dB)")
-    axes[0, -1].legend(fontsize=8)
+    axes[0].set_ylabel("PSNR over the input (dB)")
+    axes[-1].legend(fontsize=8)
     return figure
 
 
 def save(figure, path):
     """Write a figure whole or not at all, and close it."""
-    from matplotlib import pyplot as plt
-
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=80)
     plt.close(figure)
