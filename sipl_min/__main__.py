@@ -4,7 +4,6 @@ What needs Matplotlib or scikit-image is imported by the commands that use it, s
 """
 
 import argparse
-import functools
 import shlex
 import sys
 from pathlib import Path
@@ -56,8 +55,6 @@ def parse(arguments):
     c = command(demo, "Degrade three photos that the model never saw, and restore them: a figure and a table.")
     model(c)
     c.add_argument("--output", default="demo.png", help="where the figure goes (default: %(default)s)")
-    c.add_argument("--suite", "--setting", default="everyday", help=f"{SUITES} (default: %(default)s)")
-    c.add_argument("--seed", type=int, default=0, help="of the degradations (default: %(default)s)")
 
     c = command(restore, "Restore a photo, or all photos of a folder; size, depth, alpha and metadata are kept.")
     c.add_argument("input", help="a photo, or a folder of photos")
@@ -97,7 +94,6 @@ def parse(arguments):
         "--decibels", type=float, help="weight of PSNR in the loss beside L1, e.g. 0.002: spares good photos"
     )
     c.add_argument("--mild", type=float, help="share of the crops that are degraded only in part")
-    c.add_argument("--validate-every", type=int, help="log PSNR of the embedded held-out photos every so many steps")
     c.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="in bfloat16 (default: on CUDA only)")
     c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
 
@@ -133,15 +129,12 @@ def load(options):
 def demo(options):
     from . import evaluate, show
 
-    degrade.check_suite(options.suite)
     asked, model, rows = options.steps, load(options), []
     if asked is None and model.fusion:  # a demo shows the loop, also where one pass would do
         options.steps = max(options.steps, 1)
-    columns = list(degrade.COLUMNS[options.suite])
-    columns = ("dim", "noise", "hazy") if options.suite == "everyday" else (columns[-1], columns[0], columns[2])
     print(f"{'photo, degradation':30s}{'input':>9s}" + "".join(f"{f'y{t}':>9s}" for t in range(options.steps + 1)))
-    for (name, photo), column in zip(held_out().items(), columns):
-        x, y = evaluate.pair(evaluate.center(photo, 256), options.suite, column, options.seed)
+    for (name, photo), column in zip(held_out().items(), ("dim", "noise", "hazy")):
+        x, y = evaluate.pair(evaluate.center(photo, 256), "everyday", column)
         estimates = model.refine(x.to(next(model.parameters())), options.steps, return_all=True)
         numbers = [evaluate.psnr(e, y) for e in (x, *estimates)]
         print(f"{f'{name}, {column}':30s}" + "".join(f"{n:6.2f} dB" for n in numbers))
@@ -172,33 +165,22 @@ def train(options):
         if options.recipe not in (None, "backbone") and not model.fusion:  # starts as good as the backbone is
             about, model = model.about, SIPL.from_backbone(model, identity_start=True)
             model.about = {"num_steps": about.get("num_steps", 0)}
-    images, suite = None, options.suite or training.finetune_options(model).get("suite", "cdd11")
+    images = None
     if options.pairs:
         size = chosen.get("crop_size", training.Options.crop_size)
         images = Pairs(*options.pairs, crop_size=size, skip_bad=options.skip_bad)
     elif options.data:
+        suite = options.suite or training.finetune_options(model).get("suite", "cdd11")
         found = datasets.training(options.data, suite, skip_bad=options.skip_bad)
         images = Images(**found, cache=2**33, skip_bad=options.skip_bad)
     elif options.images:
         images = Images(options.images, skip_bad=options.skip_bad)
     for line in getattr(images, "left_out", ()):
         print(f"left out: {line}")
-    if options.validate_every:
-        chosen["validate"] = functools.partial(validate, suite=suite)
     with training.processes(options.device) as (device, first):
-        if first:
-            print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
         training.fit(model, images, recipe=options.recipe, folder=options.folder, device=device, **chosen)
         if first:
             print(f"weights: {Path(options.folder) / 'model.safetensors'}")
-
-
-def validate(model, suite):
-    """Mean PSNR of each estimate over the embedded held-out photos."""
-    from . import evaluate
-
-    rows = evaluate.measure(model, evaluate.embedded(suite, size=128), int(len(model.fusion) > 0), progress=False)
-    return {f"held_out_{estimate}": means["average"] for estimate, means in evaluate.average(rows).items()}
 
 
 def benchmark(options):

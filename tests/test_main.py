@@ -82,7 +82,7 @@ def test_the_rest(tmp_path, capsys):
     [
         (["restore", "nowhere.png", "o.png"], "no file 'nowhere.png'"),
         (["restore", "nowhere.png", "o.png", "--weights", "none"], "'none': no such file"),
-        (["demo", "--suite", "snowy"], "unknown suite 'snowy'"),
+        (["benchmark", "snowy"], "unknown suite 'snowy'"),
         (["demo", "--device", "gpu"], "device 'gpu' cannot be used here"),
         (["benchmark", "cdd11", "--output", "x.txt"], "ends in .csv"),
         (["benchmark", "cdd11", "--data", "nowhere"], "no folder 'nowhere'"),
