@@ -2,8 +2,7 @@
 
 Every degradation takes clean images x (B, 3, H, W) in [0, 1] and a `torch.Generator` of their device, and returns the
 same shape in [0, 1]. Each image draws its own parameters, uniformly where a pair (low, high) is given. Same seed, same
-device: same result. Lengths are in pixels, angles in degrees, intensities on the 0..1 scale unless said otherwise.
-"""
+device: same result. Lengths are in pixels, angles in degrees, intensities on the 0..1 scale unless said otherwise."""
 
 import io
 
@@ -67,9 +66,8 @@ def scatter(x, g, density, length, angle, width):
     points = points * torch.rand(points.shape, generator=g, device=x.device)  # brightness
     k = 2 * int(float((length / 2 + 2 * width).max()) + 1) + 1
     r = torch.arange(k, device=x.device) - k // 2
-    down, right = r[:, None], r[None, :]
     sin, cos = torch.deg2rad(angle).sin(), torch.deg2rad(angle).cos()
-    along, across = down * cos + right * sin, right * cos - down * sin  # (B, 1, k, k)
+    along, across = r[:, None] * cos + r * sin, r * cos - r[:, None] * sin  # (B, 1, k, k)
     beyond = (along.abs() - length / 2).clamp(min=0)  # distance past the line's end
     return convolve(points, torch.exp(-(across**2 + beyond**2) / (2 * width**2))).clamp(min=0)
 
@@ -137,11 +135,9 @@ def snow(x, g, density=(0.3, 2.0), angle=(-45, 45), strength=(0.7, 1.0)):
 def haze(x, g, beta=(1.0, 2.0), airlight=(0.6, 0.9), depth=None):
     """Haze: x t + A (1 - t) with t = exp(-beta d); A gray (CDD-11 step 4; the model of Koschmieder 1924).
 
-    depth: relative distance d (B, 1, H, W), 1 far; NaN or None take a random one. As in CDD-11, d is at most 0.7.
-    """
-    d = depth_field(x, g)
-    if depth is not None:
-        d = torch.where(depth.isnan(), d, depth)
+    depth: relative distance d (B, 1, H, W), 1 far; NaN or None take a random one. As in CDD-11, d is at most 0.7."""
+    random = depth_field(x, g)
+    d = random if depth is None else torch.where(depth.isnan(), random, depth)
     t = torch.exp(-uniform(x, g, beta) * d.clamp(max=0.7))
     return (x * t + uniform(x, g, airlight) * (1 - t)).clamp(0, 1)
 
@@ -191,7 +187,7 @@ def lens_drops(x, g, density=(0.0004, 0.0015), radius=(4.0, 9.0)):
     inside = ((height - 0.3) * 10).clamp(0, 1)
     rows, columns = x.shape[-2:]
     slope = [(torch.roll(height, 1, a) - torch.roll(height, -1, a)).squeeze(1) for a in (-2, -1)]  # (B, H, W)
-    down, right = torch.linspace(-1, 1, rows, device=x.device), torch.linspace(-1, 1, columns, device=x.device)
+    down, right = (torch.linspace(-1, 1, n, device=x.device) for n in (rows, columns))
     place = torch.stack([right + 400 * slope[1] / columns, down[:, None] + 400 * slope[0] / rows], -1)
     seen = F.grid_sample(box(x, 4), place, padding_mode="reflection", align_corners=True)
     return x * (1 - inside) + inside * (0.85 * seen + 0.15 * height).clamp(0, 1)
@@ -262,8 +258,7 @@ def degrade(x, g, suite, columns, depth=None):
     """Degrade each image of a batch by its own column of a suite, all images of one step together.
 
     x: clean (B, 3, H, W) in [0, 1]; g: generator on its device; columns: B names, e.g. ["low_haze", "rain"]; depth: as
-    in `haze`. Returns (B, 3, H, W). Raises InputError for an unknown suite or column.
-    """
+    in `haze`. Returns (B, 3, H, W). Raises InputError for an unknown suite or column."""
     check_suite(suite)
     if unknown := [name for name in columns if name not in COLUMNS[suite]]:
         raise InputError(f"unknown column {unknown[0]!r} in {suite}: choose one of {', '.join(COLUMNS[suite])}")

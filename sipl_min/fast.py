@@ -25,8 +25,7 @@ TILE = {"cpu": 2**21, "cuda": 2**26}  # elements of the widest tensor that a lay
 def tiles(x, width, halo):
     """Cut x (B, C, H, W) for a layer that makes `width` channels and sees `halo` pixels around each pixel.
 
-    Yields (place, tile, inner): where in x the tile belongs, the tile with its halo, and the tile's slices without it.
-    """
+    Yields (place, tile, inner): where in x the tile belongs, the tile with its halo, its slices without the halo."""
     H, W = x.shape[-2:]
     pixels = TILE.get(x.device.type, TILE["cuda"]) // (len(x) * width)
     side = max(H, W) if pixels >= H * W else max(32, math.isqrt(pixels))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .fast import accelerated
 from .files import InputError, Name, atomic_write
+from .weights import default_steps
 
 JPEG, TIFF = (".jpg", ".jpeg", ".jpe", ".jfif"), (".tif", ".tiff")
 WRITTEN = (".png", *JPEG, *TIFF, ".bmp", ".webp")  # these keep their format
@@ -213,8 +214,6 @@ def restore(model, photo, steps=None, feedback="privilege", tile=None, overlap=6
         tile: the side of windows in pixels, a multiple of 16, where large photos are cut into windows and blended; 0
             for the photo as a whole, None for what free memory allows. overlap: pixels that windows share, at least.
     Raises InputError where photo, tile or overlap cannot work, and where the result is not finite."""
-    from .weights import default_steps
-
     steps = default_steps(model) if steps is None else steps
     photo = read(photo) if isinstance(photo, Name) else photo
     photo = photo if isinstance(photo, torch.Tensor) else np.asarray(photo)
@@ -269,8 +268,8 @@ def window_side(model, shape, tile=None, overlap=64):
         return int(tile) or max(H, W)
     own, s = next(model.parameters()), model.settings
     channels = s.dim if hasattr(s, "dim") else 4 * max(*s.encoder_channels, *s.decoder_channels)  # wrapped: a guess
-    room = free_memory(own.device) / 2 / (B * channels * own.element_size())
-    pixels = int(room / 18)  # measured: at most 17 numbers for each channel of a pixel
+    # measured: at most 17 numbers for each channel of a pixel, and half of the memory stays free
+    pixels = int(free_memory(own.device) // (2 * 18 * B * channels * own.element_size()))
     return max(H, W) if pixels >= H * W else max(math.isqrt(pixels) // 16 * 16, least)
 
 
