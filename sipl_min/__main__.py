@@ -127,8 +127,11 @@ def load(options):
 
 
 def demo(options):
+    import matplotlib
+
     from . import evaluate, show
 
+    matplotlib.use("Agg")  # draw where there is no display
     asked, model, rows = options.steps, load(options), []
     if asked is None and model.fusion:  # a demo shows the loop, also where one pass would do
         options.steps = max(options.steps, 1)
