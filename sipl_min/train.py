@@ -127,7 +127,7 @@ def finetune_options(model: SIPL, start: str = "") -> dict[str, Any]:
     about = getattr(model, "about", {})
     if not about.get("num_steps") and not start:
         return {}
-    options = dict(trained=about.get("num_steps", 0), batch_size=4, crop_size=128, lr=5e-6, warmup=100, ema=0.99)
+    options = dict(trained=about.get("num_steps", 0), batch_size=4, crop_size=128, lr=2e-6, warmup=100, ema=0.99)
     options["decibels"] = about.get("decibels", 0.0)
     if about.get("suite") in COLUMNS:
         options["suite"] = about["suite"]
