@@ -2,9 +2,10 @@
 
 `who`       Who is in the loop? The proxy is made from the estimate, from noise, from another image, ...
 `capacity`  PSNR against parameters and operations: backbone, wider backbone, SIPL with T = 0..4.
+`combinations`  Trained on single degradations, on pairs too, on all: which loop mends two and three at once?
 `cost`      Operations of T = 0..4, by the paper's loop, by the released code's, and as released; nothing is trained.
 
-With --weights, `who` and `capacity` measure these instead of training. Else all arms of a seed see the same batches and
+With --weights these are measured, and nothing is trained. Else all arms of a seed see the same batches and
 test images. Trainings and tables lie in FOLDER; an interrupted command goes on where it was. What was found stands in
 data/README.md."""
 
@@ -115,13 +116,27 @@ def wider(dim, T=1):
     return min(widths, key=lambda d: abs(operations(SIPL("nano", dim=d, fusion=False)) / target - 1))
 
 
-def capacity(model, photos):
-    """Yield (column, photo, estimate, PSNR) for y0, ..., y4, or y0 of a backbone."""
+def passes(model, x, times=5):
+    """A backbone's loop: f(x), f(f(x)), ..., each (B, 3, H, W). Twice costs as much as T = 1."""
+    for _ in range(times):
+        x = model(x.clamp(0, 1))
+        yield x
+
+
+def again(model, x, y):
+    """A recipe for that loop: a loss on f(x) and on f(f(x)), so that what is restored already is left alone."""
+    return list(passes(model, x, 2))
+
+
+def loops(model, photos):
+    """Yield (column, photo, loop and estimate, PSNR): T = 0..4 by both kinds of feedback; of a backbone its passes."""
     for column in COLUMNS["cdd11"]:
         for name, photo in photos.items():
             x, y = pair(photo, "cdd11", column)
-            for t, estimate in enumerate(model.refine(x, 4 * bool(model.fusion), return_all=True)):
-                yield column, name, f"y{t}", psnr(estimate, y)
+            for loop in ("privilege", "chain") if model.fusion else ("pass",):
+                estimates = model.refine(x, 4, loop, return_all=True) if model.fusion else passes(model, x)
+                for t, estimate in enumerate(estimates):
+                    yield column, name, f"{loop} y{t}", psnr(estimate, y)
 
 
 # --------------------------------------------------------------------------------------------------------- cost
@@ -139,15 +154,22 @@ def cost(presets=("nano", "small", "paper"), size=256):
 
 # -------------------------------------------------------------------------------------------------------- study
 GUIDED = ["authors", "privilege", "unroll"]
-QUESTIONS = {"who": (who, GUIDED), "capacity": (capacity, ["backbone", "equal compute", *GUIDED])}
+STEPWISE = ["singles: backbone", "singles: again", "singles: authors", "doubles: backbone", "backbone"]
+QUESTIONS = {  # what is measured, and the arms: a suite to train on if it is not cdd11, and a recipe
+    "who": (who, GUIDED),
+    "capacity": (loops, ["backbone", "equal compute", *GUIDED]),
+    "combinations": (loops, STEPWISE),
+}
 
 
 def build(arm, dim, seed=0):
-    """The untrained model of an arm, and its recipe."""
+    """The untrained model of an arm, its recipe, and the suite that it is trained on."""
     torch.manual_seed(seed)
-    recipe = arm if arm in GUIDED else "backbone"
+    suite, _, arm = arm.rpartition(": ")
     dim = wider(dim) if arm == "equal compute" else dim
-    return SIPL("nano", dim=dim, **RECIPE_SETTINGS[recipe]), recipe
+    settings = RECIPE_SETTINGS[arm if arm in GUIDED else "backbone"]
+    recipe = arm if arm in GUIDED else again if arm == "again" else "backbone"
+    return SIPL("nano", dim=dim, **settings), recipe, suite or "cdd11"
 
 
 def run(
@@ -180,25 +202,34 @@ def run(
             if weights:
                 model = SIPL.load(arm)
             else:
-                model, recipe = build(arm, dim, seed)
-                to = dict(folder=folder / f"{arm}-{seed}", recipe=recipe, seed=seed, progress=progress)
-                fit(model, images, suite="cdd11", num_steps=num_steps, crop_size=64, lr=1e-3, warmup=100, **to)
+                model, recipe, suite = build(arm, dim, seed)
+                to = dict(folder=folder / f"{arm}-{seed}".replace(": ", "-"), seed=seed, progress=progress)
+                options = dict(suite=suite, num_steps=num_steps, crop_size=64, lr=1e-3, warmup=100)
+                fit(model, images, recipe=recipe, **options, **to)
             with accelerated(model), torch.no_grad():
                 for column, photo, name, value in measure(model, tests):
                     rows.add(arm=arm, seed=seed, column=column, photo=photo, name=name, psnr=value)
     return [*rows.done.values()]
 
 
-def report(rows):
-    """A Markdown table: a line for each arm, PSNR (dB), mean over images and columns ± deviation over seeds."""
+def report(rows, by_number=False):
+    """Markdown tables: a line for each arm, PSNR (dB), mean over images and columns ± deviation over seeds.
+
+    by_number: a table for each number of degradations, instead of one for inputs like training's and one unlike."""
+
+    def group(column):
+        if by_number:
+            return f"{column.count('_') + 1} at once"
+        return "unlike training" if column in UNLIKE else "like training"
+
     text = []
-    for unlike, title in ((False, "like training"), (True, "unlike training")):
-        if mine := [row for row in rows if (row["column"] in UNLIKE) == unlike]:
-            names = list(dict.fromkeys(row["name"] for row in mine))
-            text += [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-            for arm in dict.fromkeys(row["arm"] for row in mine):
-                text.append(f"| {arm} | " + " | ".join(spread(mine, arm, name) for name in names) + " |")
-            text.append("")
+    for title in dict.fromkeys(group(row["column"]) for row in rows):
+        mine = [row for row in rows if group(row["column"]) == title]
+        names = list(dict.fromkeys(row["name"] for row in mine))
+        text += [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for arm in dict.fromkeys(row["arm"] for row in mine):
+            text.append(f"| {arm} | " + " | ".join(spread(mine, arm, name) for name in names) + " |")
+        text.append("")
     return "\n".join(text)
 
 
@@ -222,8 +253,9 @@ def main(arguments=None):
         parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
     options = vars(parser.parse_args(arguments))
     try:
-        text = cost() if options["question"] == "cost" else report(run(**options))
-        with atomic_write(Path(options["folder"]) / f"{options['question']}.md") as temporary:
+        question = options["question"]
+        text = cost() if question == "cost" else report(run(**options), question == "combinations")
+        with atomic_write(Path(options["folder"]) / f"{question}.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(text)
     except InputError as e:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import rand
+from conftest import rand, tiny
 
 from sipl_min import SIPL, InputError, study
-from sipl_min.degrade import generator
+from sipl_min.degrade import COLUMNS, generator
 
 
 @torch.no_grad()
@@ -40,10 +40,29 @@ def test_equal_compute_is_equal():
     assert study.operations(SIPL("nano", dim=8), 2) > target > study.operations(SIPL("nano", dim=8, fusion=False))
 
 
-@pytest.mark.parametrize("question", ["who", "capacity"])
-def test_a_study_runs_resumes_and_reports(question, tmp_path, monkeypatch):
-    monkeypatch.setitem(study.QUESTIONS, question, (study.QUESTIONS[question][0], ["unroll"]))
-    monkeypatch.setattr(study, "COLUMNS", {"cdd11": {"haze": ["haze"], "rain": ["rain"]}})
+@torch.no_grad()
+def test_a_backbone_is_applied_to_its_own_output():
+    backbone, x = tiny(fusion=False), rand(1, 3, 32, 32)
+    first, second = study.again(backbone, x, None)
+    assert torch.equal(first, backbone(x)) and torch.equal(second, backbone(first.clamp(0, 1)))
+
+
+def test_an_arm_names_its_suite_and_recipe():
+    assert [study.build(arm, 8)[1:] for arm in ("singles: again", "doubles: backbone", "authors")] == [
+        (study.again, "singles"),
+        ("backbone", "doubles"),
+        ("authors", "cdd11"),
+    ]
+    assert {name for name in COLUMNS["cdd11"] if name not in COLUMNS["doubles"]} == {"low_haze_rain", "low_haze_snow"}
+    assert [*COLUMNS["singles"]] == ["low", "rain", "snow", "haze"]
+
+
+@pytest.mark.parametrize(
+    "question, arm", [("who", "unroll"), ("capacity", "unroll"), ("combinations", "singles: again")]
+)
+def test_a_study_runs_resumes_and_reports(question, arm, tmp_path, monkeypatch):
+    monkeypatch.setitem(study.QUESTIONS, question, (study.QUESTIONS[question][0], [arm]))
+    monkeypatch.setattr(study, "COLUMNS", {"cdd11": {"haze": ["haze"], "low_rain": ["low", "rain"]}})
     photo = {"one": np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8)}
     monkeypatch.setattr(study, "held_out", lambda: photo)
     arguments = dict(folder=tmp_path, seeds=2, num_steps=2, size=48, progress=False)
@@ -51,8 +70,9 @@ def test_a_study_runs_resumes_and_reports(question, tmp_path, monkeypatch):
     before = (tmp_path / f"{question}.csv").read_bytes()
     assert study.run(question, **arguments) == rows and (tmp_path / f"{question}.csv").read_bytes() == before
     assert {row["seed"] for row in rows} == {0, 1} and all(np.isfinite(row["psnr"]) for row in rows)
-    text = study.report(rows)
-    assert "| unroll |" in text and " ± " in text and ("unlike training" in text) == (question == "who")
+    text = study.report(rows, question == "combinations")
+    assert ("| 2 at once |" in text) == (question == "combinations")
+    assert f"| {arm} |" in text and " ± " in text and ("unlike training" in text) == (question == "who")
     with pytest.raises(InputError, match="num_steps=2"):
         study.run(question, **arguments | dict(num_steps=3))
 
