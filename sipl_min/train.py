@@ -113,6 +113,7 @@ class Options:
             raise InputError(f"ema={self.ema!r} must be in [0, 1), and mild={self.mild!r} in [0, 1]")
 
 
+FILES = ("checkpoint.pt", "model.safetensors", "log.csv")  # of a training
 SAVING = ("save_every", "save_minutes", "validate_every")
 # What may be another when a training goes on: it changes no number, or somebody has a reason.
 FREE = (*SAVING, "num_steps", "lr", "grad_clip", "accumulate", "processes", "num_workers", "autocast")
@@ -186,6 +187,9 @@ def fit(
     rank, world = ranks()
     if folder and rank == 0:
         write_log(folder, log)  # where nothing can be written, it is found out now
+        for name in FILES:
+            for left in folder.glob(f".[0-9]*.{name}"):  # by a process that was killed while it saved
+                left.unlink()
         print(changes, end="")
 
     was_fast = any(type(module) in FAST.values() for module in model.modules())

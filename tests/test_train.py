@@ -243,10 +243,11 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path, counted):
         process.join()
         kills += 1
     torch.set_num_threads(1)  # as in the lives before
+    (tmp_path / "b" / ".123.checkpoint.pt").write_text("half")  # what a life killed while it saved leaves behind
     resumed, again = run(tmp_path / "b", STEPS, **SMALL)
     unbroken, log = run(None, STEPS, **SMALL)
     assert torch.equal(flat(unbroken), flat(resumed)) and again == log
-    assert kills >= 3
+    assert kills >= 3 and {path.name for path in (tmp_path / "b").iterdir()} == {*train.FILES}
     counted("training killed by kill -9, resumed, the same weights in the end", kills)
 
 
