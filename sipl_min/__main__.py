@@ -136,7 +136,7 @@ def demo(options):
     if asked is None and model.fusion:  # a demo shows the loop, also where one pass would do
         options.steps = max(options.steps, 1)
     print(f"{'photo, degradation':30s}{'input':>9s}" + "".join(f"{f'y{t}':>9s}" for t in range(options.steps + 1)))
-    for (name, photo), column in zip(held_out().items(), ("dim", "noise", "hazy")):
+    for (name, photo), column in zip(held_out().items(), ("streaks", "dim", "noise")):
         x, y = evaluate.pair(evaluate.center(photo, 256), "everyday", column)
         estimates = model.refine(x.to(next(model.parameters())), options.steps, return_all=True)
         numbers = [evaluate.psnr(e, y) for e in (x, *estimates)]
