@@ -3,7 +3,7 @@
 `who`       Who is in the loop? The proxy is made from the estimate, from noise, from another image, ...
 `capacity`  PSNR against parameters and operations: backbone, wider backbone, SIPL with T = 0..4.
 `combinations`  Trained on single degradations, on pairs too, on all: which loop mends two and three at once?
-`cost`      Operations of T = 0..4, by the paper's loop, by the released code's, and as released; nothing is trained.
+`cost`      Operations of T = 0..4, by the paper's loop, by the released code's, and with nothing reused. Nothing is trained.
 
 With --weights these are measured, and nothing is trained. Else all arms of a seed see the same batches and
 test images. Trainings and tables lie in FOLDER; an interrupted command goes on where it was. What was found stands in
@@ -78,7 +78,7 @@ def share_between_images(model, images):
     return [float(p.var(0).sum() / (p - p.mean((0, 2, 3), keepdim=True)).square().mean(0).sum()) for p in scales]
 
 
-UNLIKE = {  # what no training has seen: column -> further degradation of the clean image x
+UNLIKE = {  # stronger than in training: column -> further degradation of the clean image x
     "denser haze": partial(haze, beta=(2.5, 3.5)),
     "stronger noise": partial(noise, sigma=75.0),
     "snow, then JPEG": lambda x, g: jpeg(degrade(x, g, "cdd11", ["snow"]), g, quality=(20, 30)),
@@ -143,9 +143,9 @@ def loops(model, photos):
 def cost(presets=("nano", "small", "paper"), size=256):
     """A Markdown table: operations of the first pass, and of T refinements as multiples of it."""
     text = ["| preset | loop | operations per pixel, T = 0 | T = 1 | T = 2 | T = 3 | T = 4 |", "|---" * 7 + "|"]
-    for preset, loop in product(presets, ("privilege", "chain", "as released")):
+    for preset, loop in product(presets, ("privilege", "chain", "nothing reused")):
         with torch.device("meta"):  # counted, not computed
-            model = as_released(SIPL(preset)) if loop == "as released" else SIPL(preset)
+            model = as_released(SIPL(preset)) if loop == "nothing reused" else SIPL(preset)
             counted = [operations(model, T, loop, size) for T in range(5)]
         times = " | ".join(f"{n / counted[0]:.2f} ×" for n in counted[1:])
         text.append(f"| {preset} | {loop} | {counted[0] / 1e3:,.0f} thousand | {times} |")
