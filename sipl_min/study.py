@@ -3,7 +3,7 @@
 `who`       Who is in the loop? The proxy is made from the estimate, from noise, from another image, ...
 `capacity`  PSNR against parameters and operations: backbone, wider backbone, SIPL with T = 0..4.
 `combinations`  Trained on single degradations, on pairs too, on all: which loop mends two and three at once?
-`cost`      Operations of T = 0..4, by the paper's loop, by the released code's, and with nothing reused. Nothing is trained.
+`cost`      Operations of T = 0..4, by the paper's loop, by the released code's, and with nothing reused.
 
 With --weights these are measured, and nothing is trained. Else all arms of a seed see the same batches and
 test images. Trainings and tables lie in FOLDER; an interrupted command goes on where it was. What was found stands in
