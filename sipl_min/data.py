@@ -283,13 +283,26 @@ def batch(images, step, *, suite="cdd11", crop_size=48, batch_size=8, seed=0, de
 
 
 def vary_tone(y, g):
-    """Crops y, two fifths of them darker or lighter, some replaced by a flat or sloping color, as of a wall or sky."""
-    gamma = torch.exp(uniform(y, g, (-0.4, 1.4)) * (uniform(y, g, (0.0, 1.0)) < 0.4))
+    """Crops y, two fifths of them darker or lighter, some as at night, some a flat or sloping color, as wall or sky."""
+    gamma = torch.exp(uniform(y, g, (-0.4, 0.7)) * (uniform(y, g, (0.0, 1.0)) < 0.4))
     flat = uniform(y, g, (0.0, 1.0)) + 0.3 * torch.rand(len(y), 3, 1, 1, generator=g, device=y.device) - 0.15
     for axis, n in ((-2, y.shape[-2]), (-1, y.shape[-1])):
         slope = uniform(y, g, (-0.3, 0.3)) * (uniform(y, g, (0.0, 1.0)) < 0.5)
         flat = flat + slope * torch.linspace(-1, 1, n, device=y.device).unsqueeze(-1).transpose(-1, axis)
-    return torch.where(uniform(y, g, (0.0, 1.0)) < 0.2, flat.clamp(0, 1), y**gamma)
+    kind = uniform(y, g, (0.0, 1.0))
+    y = torch.where(kind < 0.2, flat.clamp(0, 1), y**gamma)
+    return torch.where(kind > 0.85, night(y, g), y)
+
+
+def night(y, g):
+    """A scene lit by a few lamps: light falls off around them, the rest is nearly black, lamps themselves are white."""
+    grid = torch.rand(len(y), 1, 5, 5, generator=g, device=y.device)
+    light = torch.nn.functional.interpolate(grid, y.shape[-2:], mode="bicubic", align_corners=True).clamp(0, 1)
+    light = light ** uniform(y, g, (1.5, 8.0)) + uniform(y, g, (0.0, 0.06))
+    lamps = torch.rand(len(y), 1, *y.shape[-2:], generator=g, device=y.device) < 10 ** uniform(y, g, (-3.5, -2.2))
+    glow = torch.nn.functional.avg_pool2d(torch.nn.functional.max_pool2d(lamps.float(), 3, 1, 1), 3, 1, 1)
+    warm = 1 - uniform(y, g, (0.0, 0.6)) * torch.tensor([0.0, 0.4, 1.0], device=y.device)[:, None, None]
+    return (y * light * warm + glow * warm).clamp(0, 1)
 
 
 def hash_seed(*numbers):

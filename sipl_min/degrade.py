@@ -247,8 +247,8 @@ COLUMNS["mixed"] = COLUMNS["three_task"] | COLUMNS["five_task"] | COLUMNS["cdd11
 # suite -> how often training meets each column, in whole numbers. Haze and darkness change every pixel, and drown what
 # changes few, as rain does, until that has been learned: train some hundred steps on "hard", then on "everyday" again.
 SHARES = {suite: dict.fromkeys(columns, 1) for suite, columns in COLUMNS.items()}
-SHARES["everyday"] |= dict.fromkeys(CDD11, 4) | dict(low=10, haze=6, rain=12, snow=20)
-SHARES["everyday"] |= dict(clean=16, jpeg=12, noise=32, grain=12, camera=14, hazy=48, streaks=60, shake=24, dim=30)
+SHARES["everyday"] |= dict.fromkeys(CDD11, 4) | dict(low=20, haze=6, rain=12, snow=20)
+SHARES["everyday"] |= dict(clean=24, jpeg=20, noise=44, grain=14, camera=14, hazy=48, streaks=44, shake=24, dim=34)
 
 
 def check_suite(suite):

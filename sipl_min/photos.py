@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin
 from tqdm import tqdm
 
+from .degrade import mirror
 from .fast import accelerated
 from .files import InputError, Name, atomic_write
 from .weights import default_steps
@@ -207,6 +208,8 @@ def check_range(x):
 def restore(model, photo, steps=None, feedback="privilege", tile=None, overlap=64, progress=False):
     """A photo in, the restored photo out, of the same kind. The model runs accelerated, and is left as it was.
 
+    The network sees the photo with 16 mirrored pixels around it, so that borders come back like the rest.
+
     Args:
         photo: an array H x W or H x W x C (gray, RGB, with or without alpha, which stays), uint8, uint16 or float in
             [0, 1]; or a float tensor (C, H, W) or (B, C, H, W) in [0, 1], C = 1 or 3; or a file, which gives an array.
@@ -218,16 +221,27 @@ def restore(model, photo, steps=None, feedback="privilege", tile=None, overlap=6
     photo = read(photo) if isinstance(photo, Name) else photo
     photo = photo if isinstance(photo, torch.Tensor) else np.asarray(photo)
     x = to_tensor(photo) if isinstance(photo, np.ndarray) else batch(photo)
-    side = window_side(model, x.shape, tile, overlap)
     own = next(model.parameters())  # of the model's device and dtype
+
+    def refine(x):
+        side = window_side(model, x.shape, tile, overlap)
+        return windows(lambda part: model.refine(part.to(own), steps, feedback).to(x), x, side, overlap, progress)
+
     with accelerated(model):
-        y = windows(lambda part: model.refine(part.to(own), steps, feedback).to(x), x, side, overlap, progress)
+        y = mirrored(refine, x)
     if not y.isfinite().all():
         raise InputError(f"the result is not finite: {own.dtype} overflows, use float32, or the weights are broken")
     if isinstance(photo, np.ndarray):
         return from_tensor(y, like=photo)
     y = y.mean(1, keepdim=True) if photo.shape[-3] == 1 else y
     return y.clamp(0, 1).to(photo).reshape(photo.shape)
+
+
+def mirrored(function, x, margin=16):
+    """function(x) for x (B, C, H, W) with a mirrored margin, which is cut off again."""
+    H, W = x.shape[-2:]
+    y = function(mirror(mirror(x, -2, margin, margin), -1, margin, margin))
+    return y[..., margin : margin + H, margin : margin + W]
 
 
 def batch(x):  # a tensor -> (B, 3, H, W) float32

@@ -101,6 +101,7 @@ def test_everyday_draws_by_its_shares_and_spares_what_is_sound(monkeypatch):
     compressed = []
     monkeypatch.setattr(data, "jpeg", lambda x, g: compressed.append(len(x)) or x)  # noted, not done
     monkeypatch.setattr(data, "degrade", lambda y, *_: torch.zeros_like(y))  # so that what is done in part shows
+    monkeypatch.setattr(data, "night", lambda y, g: torch.full_like(y, -1))
     gray = Images([np.full((9, 9, 3), 128, np.uint8)])
     x, y, columns = batch(gray, 0, suite="everyday", crop_size=8, batch_size=8000)
     for column, share in SHARES["everyday"].items():
@@ -114,13 +115,24 @@ def test_everyday_draws_by_its_shares_and_spares_what_is_sound(monkeypatch):
     before = 128 / 255
     assert (y[~as_it_is] == before).all(), "their target is the photo"
     y = y[as_it_is]
-    uniform = (y == y[:, :1, :1, :1]).all((1, 2, 3))
-    assert within(int((~uniform).sum()), len(y), 0.2), "another color, mostly with a slope"
+    at_night = (y == -1).all((1, 2, 3))
+    assert within(int(at_night.sum()), len(y), 0.15)
+    uniform = ~at_night & (y == y[:, :1, :1, :1]).all((1, 2, 3))
+    assert within(int((~uniform & ~at_night).sum()), len(y), 0.2), "another color, mostly with a slope"
     tone = y[uniform][:, 0, 0, 0]
     gamma = tone[(tone > 0) & (tone < 1)].log() / math.log(before)  # but for slopes all black or white
     changed = (gamma - 1).abs() > 1e-4
-    assert within(int(changed.sum()), len(gamma), 0.4) and abs(float(gamma[changed].log().mean()) - 0.5) < 0.06
-    assert gamma.min() > math.exp(-0.4) - 1e-3 and gamma.max() < math.exp(1.4) + 1e-3
+    assert within(int(changed.sum()), len(gamma), 0.4) and abs(float(gamma[changed].log().mean()) - 0.15) < 0.06
+    assert gamma.min() > math.exp(-0.4) - 1e-3 and gamma.max() < math.exp(0.7) + 1e-3
+
+
+def test_a_night_scene_is_dark_with_white_lamps():
+    y = data.night(torch.full((64, 3, 64, 64), 0.6), generator(0))
+    assert y.min() >= 0 and y.max() == 1, "in range, and lamps are white"
+    dark = (y.mean(1) < 0.1).float().mean((1, 2))
+    assert dark.mean() > 0.5 and float((y.amax((1, 2, 3)) > 0.99).float().mean()) > 0.5, (
+        "most of it dark, lamps in most"
+    )
 
 
 @pytest.mark.parametrize("x, y", [("input", "target"), ("LQ", "GT"), ("Hazy", "clear"), ("noisy", "clean")])
