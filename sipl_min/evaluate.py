@@ -25,7 +25,7 @@ from .data import hash_seed, held_out, installed, load
 from .degrade import COLUMNS, check_suite, degrade, generator, jpeg, noise
 from .fast import accelerated
 from .files import InputError, asset
-from .photos import mirrored, read, to_tensor
+from .photos import MARGIN, mirrored, read, to_tensor
 from .weights import default_steps
 
 
@@ -255,7 +255,7 @@ def measure(model, cases, steps=None, against=None, output=None, progress=True):
             about = about | dict(checksum=checksum(x, y))
             found = [rows.find(**about, estimate=name) for name in names]
             if None in found:
-                estimates, margin = [x], 16 if about["suite"] == "keep" else 0  # what `restore` does to a sound photo
+                estimates, margin = [x], MARGIN if about["suite"] == "keep" else 0  # as `restore` treats sound photos
                 for network, T in [(other, 0) for other in others] + [(model, steps)]:
                     see = partial(network.refine, steps=T, return_all=True)
                     estimates += mirrored(see, x.to(next(network.parameters())), margin)

@@ -222,9 +222,10 @@ def restore(model, photo, steps=None, feedback="privilege", tile=None, overlap=6
     photo = photo if isinstance(photo, torch.Tensor) else np.asarray(photo)
     x = to_tensor(photo) if isinstance(photo, np.ndarray) else batch(photo)
     own = next(model.parameters())  # of the model's device and dtype
+    side = window_side(model, x.shape, tile, overlap)
+    side = math.inf if side >= max(x.shape[-2:]) else side  # its margin cuts no photo into windows
 
     def refine(x):
-        side = window_side(model, x.shape, tile, overlap)
         return windows(lambda part: model.refine(part.to(own), steps, feedback).to(x), x, side, overlap, progress)
 
     with accelerated(model):
@@ -237,7 +238,10 @@ def restore(model, photo, steps=None, feedback="privilege", tile=None, overlap=6
     return y.clamp(0, 1).to(photo).reshape(photo.shape)
 
 
-def mirrored(function, x, margin=16):
+MARGIN = 16  # pixels that `restore` mirrors
+
+
+def mirrored(function, x, margin=MARGIN):
     """function(x) for x (B, C, H, W) with a mirrored margin, which is cut off again."""
     H, W = x.shape[-2:]
     y = function(mirror(mirror(x, -2, margin, margin), -1, margin, margin))

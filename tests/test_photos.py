@@ -310,6 +310,7 @@ def test_windows_blend_without_seams(model):
     image = np.stack(ramps, 2).astype(np.float32)
     whole, cut = (model.restore(image, 1, tile=t, overlap=24) for t in (0, 80))
     assert np.abs(whole - cut).max() > 1e-4, "windows must matter for this test to mean anything"
+    assert np.array_equal(model.restore(image, 1, tile=208, overlap=24), whole), "a photo that fits a window is whole"
     for axis in (0, 1):  # where windows meet, the brightness jumps no more than elsewhere
         jumps = [np.abs(np.diff(a, axis=axis)).max() for a in (whole, cut)]
         assert jumps[1] <= jumps[0] + np.abs(whole - cut).max() / 24
