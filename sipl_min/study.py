@@ -154,7 +154,8 @@ def cost(presets=("nano", "small", "paper"), size=256):
 
 # -------------------------------------------------------------------------------------------------------- study
 GUIDED = ["authors", "privilege", "unroll"]
-STEPWISE = ["singles: backbone", "singles: again", "singles: authors", "doubles: backbone", "backbone"]
+STEPWISE = ["singles: backbone", "singles: equal compute", "singles: again", "singles: authors"]
+STEPWISE += ["doubles: backbone", "backbone"]
 QUESTIONS = {  # what is measured, and the arms: a suite to train on if it is not cdd11, and a recipe
     "who": (who, GUIDED),
     "capacity": (loops, ["backbone", "equal compute", *GUIDED]),
