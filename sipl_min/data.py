@@ -244,8 +244,8 @@ def cut(images, size, g):
     return [torch.rot90(t.flip(-1) if flip else t, turn, (-2, -1)) for t in images]
 
 
-AS_IT_IS = ("clean", "jpeg", "noise", "grain", "camera")  # of "everyday": their target may be dark or flat
-EXTRA = {"everyday": (0.15, 0.15)}  # suite -> shares of the crops: JPEG afterwards, and degraded only in part
+AS_IT_IS = ("clean", "jpeg", "noise", "grain", "camera")  # of "everyday": the target may be dark or flat
+EXTRA = dict.fromkeys(("everyday", "noisy"), (0.15, 0.15))  # shares of crops: JPEG afterwards, degraded only in part
 
 
 def batch(images, step, *, suite="cdd11", crop_size=48, batch_size=8, seed=0, device="cpu", mild=0.0, which=None):
@@ -254,7 +254,7 @@ def batch(images, step, *, suite="cdd11", crop_size=48, batch_size=8, seed=0, de
     A pure function of its arguments, so training resumes where it stopped. Each crop draws its column by
     `degrade.SHARES`; columns in `images.pairs` take their crop from there. Crops are cut on the CPU, and degraded on
     `device`. A share `mild` is degraded in part, y + s (x - y) with s uniform in (0, 1): a network that saw only bad
-    photos spoils good ones. The suite "everyday" has a share of its own, varies the tone of crops, and compresses some.
+    photos spoils good ones. "everyday" and "noisy" have a share of their own, vary the tone, and compress some.
     which: number of the image that all crops come from; None for any."""
     check_suite(suite)
     g = generator(hash_seed(seed, step))
@@ -285,13 +285,13 @@ def batch(images, step, *, suite="cdd11", crop_size=48, batch_size=8, seed=0, de
 def vary_tone(y, g):
     """Crops y, two fifths of them darker or lighter, some as at night, some a flat or sloping color, as wall or sky."""
     gamma = torch.exp(uniform(y, g, (-0.4, 0.7)) * (uniform(y, g, (0.0, 1.0)) < 0.4))
-    flat = uniform(y, g, (0.0, 1.0)) + 0.3 * torch.rand(len(y), 3, 1, 1, generator=g, device=y.device) - 0.15
+    flat = uniform(y, g, (-0.15, 1.15)) + 0.3 * torch.rand(len(y), 3, 1, 1, generator=g, device=y.device) - 0.15
     for axis, n in ((-2, y.shape[-2]), (-1, y.shape[-1])):
         slope = uniform(y, g, (-0.3, 0.3)) * (uniform(y, g, (0.0, 1.0)) < 0.5)
         flat = flat + slope * torch.linspace(-1, 1, n, device=y.device).unsqueeze(-1).transpose(-1, axis)
     kind = uniform(y, g, (0.0, 1.0))
-    y = torch.where(kind < 0.2, flat.clamp(0, 1), y**gamma)
-    return torch.where(kind > 0.85, night(y, g), y)
+    y = torch.where(kind < 0.12, flat.clamp(0, 1), y**gamma)
+    return torch.where(kind > 0.92, night(y, g), y)
 
 
 def night(y, g):
