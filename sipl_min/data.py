@@ -270,6 +270,8 @@ def batch(images, step, *, suite="cdd11", crop_size=48, batch_size=8, seed=0, de
 
     g = generator(hash_seed(seed, step, 1), device)
     jpeg_share, mild_share = EXTRA.get(suite, (0.0, 0.0))
+    if suite in EXTRA:
+        y[made] = fade(y[made], generator(hash_seed(seed, step, 5), device))
     varied = [i for i in made if columns[i] in AS_IT_IS]
     y[varied] = vary_tone(y[varied], g)
     x[made] = degrade(y[made], g, suite, [columns[i] for i in made], depths[made])
@@ -282,6 +284,13 @@ def batch(images, step, *, suite="cdd11", crop_size=48, batch_size=8, seed=0, de
     return torch.where((u < (mild or mild_share)) & ~spared, y + s * (x - y), x), y, columns
 
 
+def fade(y, g):
+    """Crops y, a tenth of them gray, a tenth paler: else the network takes noise on a gray photo for darkness."""
+    u, gray = uniform(y, g, (0.0, 1.0)), y.mean(1, keepdim=True)
+    saturation = torch.where(u < 0.1, 0.0, torch.where(u < 0.2, uniform(y, g, (0.0, 1.0)), 1.0))
+    return gray + saturation * (y - gray)
+
+
 def vary_tone(y, g):
     """Crops y, two fifths of them darker or lighter, some as at night, some a flat or sloping color, as wall or sky."""
     gamma = torch.exp(uniform(y, g, (-0.4, 0.7)) * (uniform(y, g, (0.0, 1.0)) < 0.4))
@@ -290,7 +299,7 @@ def vary_tone(y, g):
         slope = uniform(y, g, (-0.3, 0.3)) * (uniform(y, g, (0.0, 1.0)) < 0.5)
         flat = flat + slope * torch.linspace(-1, 1, n, device=y.device).unsqueeze(-1).transpose(-1, axis)
     kind = uniform(y, g, (0.0, 1.0))
-    y = torch.where(kind < 0.12, flat.clamp(0, 1), y**gamma)
+    y = torch.where(kind < 0.15, flat.clamp(0, 1), y**gamma)
     return torch.where(kind > 0.92, night(y, g), y)
 
 

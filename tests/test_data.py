@@ -97,6 +97,19 @@ def within(count, total, share):
     return abs(count - total * share) < 4 * (total * share * (1 - share)) ** 0.5
 
 
+def test_some_crops_are_gray_and_some_paler(monkeypatch):
+    color = torch.tensor([0.9, 0.5, 0.1])[:, None, None].expand(4000, 3, 2, 2)
+    spread = data.fade(color, generator(0)).std(1).flatten(1).mean(1) / 0.4
+    assert within(int((spread < 1e-6).sum()), 4000, 0.1) and within(int((spread > 1 - 1e-6).sum()), 4000, 0.8)
+    assert spread.max() < 1 + 1e-6 and torch.allclose(data.fade(color, generator(0)).mean(1), color.mean(1))
+    monkeypatch.setattr(data, "fade", lambda y, g: torch.zeros_like(y))
+    photos = Images([photo(0)])
+    for suite, share in (("everyday", 1.0), ("noisy", 1.0), ("cdd11", 0.0)):
+        _, y, columns = batch(photos, 0, suite=suite, crop_size=8, batch_size=50)
+        dark = [not y[i].any() for i, column in enumerate(columns) if column not in data.AS_IT_IS]
+        assert sum(dark) == share * len(dark) and dark, suite
+
+
 def test_everyday_draws_by_its_shares_and_spares_what_is_sound(monkeypatch):
     compressed = []
     monkeypatch.setattr(data, "jpeg", lambda x, g: compressed.append(len(x)) or x)  # noted, not done
@@ -118,7 +131,7 @@ def test_everyday_draws_by_its_shares_and_spares_what_is_sound(monkeypatch):
     at_night = (y == -1).all((1, 2, 3))
     assert within(int(at_night.sum()), len(y), 0.08)
     uniform = ~at_night & (y == y[:, :1, :1, :1]).all((1, 2, 3))
-    assert within(int((~uniform & ~at_night).sum()), len(y), 0.12), "another color, mostly with a slope"
+    assert within(int((~uniform & ~at_night).sum()), len(y), 0.15), "another color, mostly with a slope"
     tone = y[uniform][:, 0, 0, 0]
     gamma = tone[(tone > 0) & (tone < 1)].log() / math.log(before)  # but for slopes all black or white
     changed = (gamma - 1).abs() > 1e-4
