@@ -285,7 +285,7 @@ def batch(images, step, *, suite="cdd11", crop_size=48, batch_size=8, seed=0, de
 
 
 def fade(y, g):
-    """Crops y, a tenth of them gray, a tenth paler: else the network takes noise on a gray photo for darkness."""
+    """Crops y, a tenth of them gray, a tenth paler. Networks without these take colored noise on gray for darkness."""
     u, gray = uniform(y, g, (0.0, 1.0)), y.mean(1, keepdim=True)
     saturation = torch.where(u < 0.1, 0.0, torch.where(u < 0.2, uniform(y, g, (0.0, 1.0)), 1.0))
     return gray + saturation * (y - gray)
