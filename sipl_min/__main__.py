@@ -15,7 +15,7 @@ from . import train as training
 from .data import Images, Pairs, held_out
 from .fast import accelerate
 from .files import atomic_write
-from .weights import default_steps
+from .weights import default_feedback, default_steps
 
 SUITES = ", ".join(degrade.SUITES)
 
@@ -60,7 +60,7 @@ def parse(arguments):
     c.add_argument("input", help="a photo, or a folder of photos")
     c.add_argument("output", help="a file name, or a folder that will be made")
     model(c)
-    c.add_argument("--feedback", default="privilege", choices=["privilege", "chain"], help="(default: %(default)s)")
+    c.add_argument("--feedback", choices=["privilege", "chain", "again"], help="(default: what suits the weights)")
     c.add_argument("--tile", type=int, help="pixels a side of windows, 0: never (default: what fits the memory)")
     c.add_argument("--overlap", type=int, default=64, help="pixels that windows share (default: %(default)s)")
     c.add_argument("--max-pixels", type=float, default=200e6, help="refuse larger photos (default: %(default).0f)")
@@ -121,7 +121,8 @@ def load(options):
     """The model of --weights on --device in --dtype, fast, and --steps."""
     model = SIPL.load(options.weights, training.pick_device(options.device)).to(getattr(torch, options.dtype))
     options.steps = default_steps(model) if options.steps is None else options.steps
-    if options.steps and not model.fusion:
+    options.feedback = getattr(options, "feedback", None) or default_feedback(model)
+    if options.steps and not model.fusion and options.feedback != "again":
         raise InputError(f"--steps {options.steps}: {options.weights} has no Proxy Fusion, pass --steps 0")
     return accelerate(model)
 
@@ -138,7 +139,7 @@ def demo(options):
     print(f"{'photo, degradation':30s}{'input':>9s}" + "".join(f"{f'y{t}':>9s}" for t in range(options.steps + 1)))
     for (name, photo), column in zip(held_out().items(), ("streaks", "dim", "noise")):
         x, y = evaluate.pair(evaluate.center(photo, 256), "everyday", column)
-        estimates = model.refine(x.to(next(model.parameters())), options.steps, return_all=True)
+        estimates = model.refine(x.to(next(model.parameters())), options.steps, options.feedback, return_all=True)
         numbers = [evaluate.psnr(e, y) for e in (x, *estimates)]
         print(f"{f'{name}, {column}':30s}" + "".join(f"{n:6.2f} dB" for n in numbers))
         rows.append(show.estimates_row(x, [e.float().cpu() for e in estimates], y, f"{name}: {column}"))
@@ -165,7 +166,7 @@ def train(options):
         chosen = training.SCHEDULES[options.preset] | chosen
     else:
         model, chosen["start"] = SIPL.load(options.weights), options.weights
-        if options.recipe not in (None, "backbone") and not model.fusion:  # starts as good as the backbone is
+        if options.recipe and training.needs_fusion(options.recipe) > bool(model.fusion):  # begins as the backbone is
             about, model = model.about, SIPL.from_backbone(model, identity_start=True)
             model.about = {"num_steps": about.get("num_steps", 0)}
     images = None

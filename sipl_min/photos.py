@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .degrade import mirror
 from .fast import accelerated
 from .files import InputError, Name, atomic_write
-from .weights import default_steps
+from .weights import default_feedback, default_steps
 
 JPEG, TIFF = (".jpg", ".jpeg", ".jpe", ".jfif"), (".tif", ".tiff")
 WRITTEN = (".png", *JPEG, *TIFF, ".bmp", ".webp")  # these keep their format
@@ -205,7 +205,7 @@ def check_range(x):
 
 # ------------------------------------------------------------------------------------------------------- restoring
 @torch.no_grad()
-def restore(model, photo, steps=None, feedback="privilege", tile=None, overlap=64, progress=False):
+def restore(model, photo, steps=None, feedback=None, tile=None, overlap=64, progress=False):
     """A photo in, the restored photo out, of the same kind. The model runs accelerated, and is left as it was.
 
     The network sees the photo with 16 mirrored pixels around it, so that borders come back like the rest.
@@ -213,11 +213,12 @@ def restore(model, photo, steps=None, feedback="privilege", tile=None, overlap=6
     Args:
         photo: an array H x W or H x W x C (gray, RGB, with or without alpha, which stays), uint8, uint16 or float in
             [0, 1]; or a float tensor (C, H, W) or (B, C, H, W) in [0, 1], C = 1 or 3; or a file, which gives an array.
-        steps, feedback: as in `SIPL.refine`; steps=None is what suits the weights.
+        steps, feedback: as in `SIPL.refine`; None is what suits the weights.
         tile: the side of windows in pixels, a multiple of 16, where large photos are cut into windows and blended; 0
             for the photo as a whole, None for what free memory allows. overlap: pixels that windows share, at least.
     Raises InputError where photo, tile or overlap cannot work, and where the result is not finite."""
     steps = default_steps(model) if steps is None else steps
+    feedback = feedback or default_feedback(model)
     photo = read(photo) if isinstance(photo, Name) else photo
     photo = photo if isinstance(photo, torch.Tensor) else np.asarray(photo)
     x = to_tensor(photo) if isinstance(photo, np.ndarray) else batch(photo)

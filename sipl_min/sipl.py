@@ -299,21 +299,22 @@ class SIPL(nn.Module):
 
     def estimates(self, x: Tensor, steps: int = 1, feedback: str = "privilege") -> Iterator[Tensor]:
         """Yield y_0 = f(x; D), then y_1, ..., y_T, T = `steps`, with gradients. ValueError for what cannot work.
-
         feedback="privilege", the paper's equations: y_t = f(x; Read(D, E(y_{t-1}))), where E(x) is computed once.
-        feedback="chain", the released code: x becomes y_{t-1} for t > 1, and y_t = f(x; Read(D, E(f(x; D))))."""
-        known("feedback", feedback, ("privilege", "chain"))
-        if steps < 0 or steps != int(steps) or steps and not self.fusion:
+        feedback="chain", the released code: x becomes y_{t-1} for t > 1, and y_t = f(x; Read(D, E(f(x; D)))).
+        feedback="again", our own, also for a backbone alone: y_t = f(y_{t-1}; D)."""
+        guided = known("feedback", feedback, ("privilege", "chain", "again")) != "again"
+        if steps < 0 or steps != int(steps) or steps and guided and not self.fusion:
             raise ValueError(f"steps={steps}: it must be a whole number from 0, and 0 where there is no Proxy Fusion")
         (H, W), x = x.shape[-2:], self.pad(x, 16 if feedback == "chain" else 1)  # 16 as in the released loop
         features = self.encoder(x)
         y = self.decode(x, features, self.proxies())
         yield y[..., :H, :W]
         for t in range(1, int(steps) + 1):
-            if feedback == "chain" and t > 1:
+            if feedback == "again" or feedback == "chain" and t > 1:
                 x, features = y, self.encoder(y)
                 y = self.decode(x, features, self.proxies())
-            y = self.decode(x, features, self.proxies(self.privileged(y)))  # P = E(y)
+            if guided:
+                y = self.decode(x, features, self.proxies(self.privileged(y)))  # P = E(y)
             yield y[..., :H, :W]
 
     @torch.no_grad()

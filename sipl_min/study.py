@@ -116,26 +116,13 @@ def wider(dim, T=1):
     return min(widths, key=lambda d: abs(operations(SIPL("nano", dim=d, fusion=False)) / target - 1))
 
 
-def passes(model, x, times=5):
-    """A backbone's loop: f(x), f(f(x)), ..., each (B, 3, H, W). Two passes cost a sixth less than T = 1."""
-    for _ in range(times):
-        x = model(x.clamp(0, 1))
-        yield x
-
-
-def again(model, x, y):
-    """A recipe for that loop: a loss on f(x) and on f(f(x)), so that what is restored already is left alone."""
-    return list(passes(model, x, 2))
-
-
 def loops(model, photos):
-    """Yield (column, photo, loop and estimate, PSNR): T = 0..4 by both kinds of feedback; of a backbone its passes."""
+    """Yield (column, photo, loop and estimate, PSNR) for T = 0..4: of a backbone by the feedback "again"."""
     for column in COLUMNS["cdd11"]:
         for name, photo in photos.items():
             x, y = pair(photo, "cdd11", column)
-            for loop in ("privilege", "chain") if model.fusion else ("pass",):
-                estimates = model.refine(x, 4, loop, return_all=True) if model.fusion else passes(model, x)
-                for t, estimate in enumerate(estimates):
+            for loop in ("privilege", "chain") if model.fusion else ("again",):
+                for t, estimate in enumerate(model.refine(x, 4, loop, return_all=True)):
                     yield column, name, f"{loop} y{t}", psnr(estimate, y)
 
 
@@ -168,9 +155,8 @@ def build(arm, dim, seed=0):
     torch.manual_seed(seed)
     suite, _, arm = arm.rpartition(": ")
     dim = wider(dim) if arm == "equal compute" else dim
-    settings = RECIPE_SETTINGS[arm if arm in GUIDED else "backbone"]
-    recipe = arm if arm in GUIDED else again if arm == "again" else "backbone"
-    return SIPL("nano", dim=dim, **settings), recipe, suite or "cdd11"
+    recipe = "backbone" if arm == "equal compute" else arm
+    return SIPL("nano", dim=dim, **RECIPE_SETTINGS[recipe]), recipe, suite or "cdd11"
 
 
 def run(

@@ -70,9 +70,16 @@ def unroll(model, x, y):
     return list(model.estimates(x, steps=1))
 
 
-RECIPES = {"authors": authors, "backbone": backbone, "privilege": privilege, "unroll": unroll}
+def again(model, x, y):
+    """A loop for the backbone alone: estimates f(x) and f(f(x)), so that what is restored already is left alone.
+
+    Trained on single degradations, it takes several off one by one (data/README.md); one pass gets a little worse."""
+    return list(model.estimates(x, 1, "again"))
+
+
+RECIPES = {"authors": authors, "backbone": backbone, "privilege": privilege, "unroll": unroll, "again": again}
 RECIPE_SETTINGS = {name: {} for name in RECIPES}  # the settings that a recipe needs, or was made for
-RECIPE_SETTINGS |= {"backbone": dict(fusion=False), "unroll": dict(identity_start=True)}
+RECIPE_SETTINGS |= {"unroll": dict(identity_start=True)} | dict.fromkeys(("backbone", "again"), dict(fusion=False))
 
 
 # --------------------------------------------------------------------------------------------------------- options
@@ -132,7 +139,7 @@ def finetune_options(model: SIPL, start: str = "") -> dict[str, Any]:
     options["decibels"] = about.get("decibels", 0.0)
     if about.get("suite") in COLUMNS:
         options["suite"] = about["suite"]
-    if about.get("recipe") in RECIPES and (about["recipe"] == "backbone") != bool(model.fusion):
+    if about.get("recipe") in RECIPES and needs_fusion(about["recipe"]) == bool(model.fusion):
         options["recipe"] = about["recipe"]
     return options
 
@@ -335,11 +342,15 @@ def find_recipe(recipe, before, model):
     if recipe is None:
         usual = "authors" if model.fusion else "backbone"
         recipe = before.get("recipe") if before.get("recipe") in RECIPES else usual
-    if known("recipe", recipe, RECIPES) == "backbone" and model.fusion:
-        raise InputError("recipe 'backbone' needs a model without Proxy Fusion: make it with fusion=False")
-    if recipe != "backbone" and not model.fusion:
+    if needs_fusion(known("recipe", recipe, RECIPES)) < bool(model.fusion):
+        raise InputError(f"recipe {recipe!r} needs a model without Proxy Fusion: make it with fusion=False")
+    if needs_fusion(recipe) > bool(model.fusion):
         raise InputError(f"recipe {recipe!r} needs Proxy Fusion: add it with SIPL.from_backbone, or pass 'backbone'")
     return RECIPES[recipe], recipe
+
+
+def needs_fusion(recipe):
+    return RECIPE_SETTINGS[recipe].get("fusion", True)
 
 
 def find_data(data, o):

@@ -26,8 +26,14 @@ INCLUDED = ("nano", "nano-authors", "nano-backbone")  # trained weights in data/
 
 
 def default_steps(model: SIPL) -> int:
-    """Refinement steps T that suit a model: what its file says, else 1 with Proxy Fusion and 0 without."""
-    return getattr(model, "about", {}).get("steps", 1 if model.fusion else 0)
+    """Refinement steps T that suit a model: what its file says, else 1 where it was made for a loop."""
+    looped = model.fusion or default_feedback(model) == "again"
+    return getattr(model, "about", {}).get("steps", 1 if looped else 0)
+
+
+def default_feedback(model: SIPL) -> str:
+    """The kind of feedback that suits a model: "again" if it was trained with that, else "privilege"."""
+    return "again" if getattr(model, "about", {}).get("recipe") == "again" else "privilege"
 
 
 def save(model: SIPL, path: Name) -> None:

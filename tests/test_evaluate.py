@@ -273,7 +273,7 @@ def test_keep_is_hardly_damaged_and_shows_who_leaves_it_alone():
 def test_keep_finds_a_step_at_the_border_of_a_flat_image():
     model = leave_alone()
 
-    def rim(x, steps, return_all=False):
+    def rim(x, steps, feedback, return_all=False):
         x = x.clone()
         x[:, 1, :, -17] += 12 / 255  # the last column inside the margin
         x[:, 1, :, -1] += 40 / 255

@@ -58,6 +58,24 @@ def test_train_then_restore_with_the_old_and_new_names_of_options(photo, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
 
 
+def test_a_backbone_trained_to_be_applied_again_is(photo, tmp_path, capsys):
+    iio.imwrite(tmp_path / "a.png", photo)
+    small = ["--steps", "2", "--batch-size", "1", "--crop-size", "16", "--suite", "singles"]
+    assert main(["train", str(tmp_path / "run"), "--recipe", "again", *small]) == 0
+    weights = str(tmp_path / "run" / "model.safetensors")
+    model = SIPL.load(weights)
+    once, twice = model.restore(photo, steps=0), model.restore(photo)
+    assert not model.fusion and np.array_equal(twice, model.restore(photo, 1, feedback="again"))
+    assert not np.array_equal(once, twice)
+    for more, expected in (([], twice), (["--steps", "0"], once)):
+        assert main(["restore", str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--weights", weights, *more]) == 0
+        assert np.array_equal(iio.imread(tmp_path / "b.png"), expected)
+        (tmp_path / "b.png").unlink()
+    assert main(["benchmark", "keep", "--weights", weights]) == 0 and "y1" in capsys.readouterr().out
+    assert main(["train", str(tmp_path / "more"), "--weights", weights, *small]) == 0  # keeps the recipe
+    assert SIPL.load(tmp_path / "more" / "model.safetensors").about["recipe"] == "again"
+
+
 def test_benchmark_writes_rows_and_tables(weights, tmp_path, capsys):
     output = tmp_path / "r.csv"
     command = ["benchmark", "three_task", "--weights", weights, "--steps", "0", "--output", str(output)]

@@ -118,6 +118,18 @@ def test_the_loop_is_the_papers(feedback, overrides):
     assert (ours[1] - ours[0]).abs().max() > 1e-3, "refinement must do something for this test to mean anything"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", [True, False])
+def test_again_applies_the_network_to_its_own_estimate(fusion):
+    model, x = tiny(fusion=fusion), rand(2, 3, 20, 28)
+    y0, y1, y2 = model.refine(x, 2, "again", return_all=True)
+    assert torch.equal(y0, model(x)) and (y2 - y1).abs().max() > 1e-4
+    x = rand(2, 3, 16, 24)  # sides that need no padding, which is done once
+    first = model(x)
+    for t, y in enumerate((first, model(first), model(model(first)))):
+        assert torch.allclose(model.refine(x, t, "again"), y, atol=1e-6)
+
+
 @pytest.mark.parametrize("feedback, encoders", [("privilege", 1 + 3), ("chain", 2 * 3)])
 def test_the_encoder_runs_once_per_distinct_image(model, feedback, encoders):
     calls = {"encoder": 0, "decoder": 0}

@@ -96,6 +96,7 @@ def test_recipes_make_the_estimates_that_they_say(model):
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
     plain = tiny(fusion=False)
     assert torch.equal(train.backbone(plain, x, y), plain(x))
+    assert all(torch.equal(a, b) for a, b in zip(train.again(plain, x, y), (plain(x), plain(plain(x))), strict=True))
 
 
 def test_a_zero_dictionary_explodes_once_and_a_random_one_does_not():
@@ -437,6 +438,7 @@ def test_bad_folders_of_photos_are_named_before_anything_is_written(tmp_path):
         (dict(suite="fog"), "unknown suite 'fog'"),
         (dict(recipe="authros"), "unknown recipe 'authros': did you mean 'authors'"),
         (dict(recipe="backbone"), "recipe 'backbone' needs a model without Proxy Fusion: make it with fusion=False"),
+        (dict(recipe="again"), "recipe 'again' needs a model without Proxy Fusion"),
         (dict(recipe="unroll", model=tiny(fusion=False)), "recipe 'unroll' needs Proxy Fusion: .* or pass 'backbone'"),
         (dict(num_steps=0), "num_steps=0 must be a positive"),
         (dict(save_every=0), "save_every=0 must be a positive"),
