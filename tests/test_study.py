@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import rand, tiny
+from conftest import rand
 
 from sipl_min import SIPL, InputError, study
 from sipl_min.degrade import COLUMNS, generator
