@@ -285,9 +285,9 @@ def batch(images, step, *, suite="cdd11", crop_size=48, batch_size=8, seed=0, de
 
 
 def fade(y, g):
-    """Crops y, a tenth of them gray, a tenth paler. Networks without these take colored noise on gray for darkness."""
+    """Crops y, a fifth of them gray, a tenth paler. Networks without these take colored noise on gray for darkness."""
     u, gray = uniform(y, g, (0.0, 1.0)), y.mean(1, keepdim=True)
-    saturation = torch.where(u < 0.1, 0.0, torch.where(u < 0.2, uniform(y, g, (0.0, 1.0)), 1.0))
+    saturation = torch.where(u < 0.2, 0.0, torch.where(u < 0.3, uniform(y, g, (0.0, 1.0)), 1.0))
     return gray + saturation * (y - gray)
 
 
@@ -300,7 +300,7 @@ def vary_tone(y, g):
         flat = flat + slope * torch.linspace(-1, 1, n, device=y.device).unsqueeze(-1).transpose(-1, axis)
     kind = uniform(y, g, (0.0, 1.0))
     y = torch.where(kind < 0.15, flat.clamp(0, 1), y**gamma)
-    return torch.where(kind > 0.92, night(y, g), y)
+    return torch.where(kind > 0.89, night(y, g), y)
 
 
 def night(y, g):

@@ -100,7 +100,7 @@ def within(count, total, share):
 def test_some_crops_are_gray_and_some_paler(monkeypatch):
     color = torch.tensor([0.9, 0.5, 0.1])[:, None, None].expand(4000, 3, 2, 2)
     spread = data.fade(color, generator(0)).std(1).flatten(1).mean(1) / 0.4
-    assert within(int((spread < 1e-6).sum()), 4000, 0.1) and within(int((spread > 1 - 1e-6).sum()), 4000, 0.8)
+    assert within(int((spread < 1e-6).sum()), 4000, 0.2) and within(int((spread > 1 - 1e-6).sum()), 4000, 0.7)
     assert spread.max() < 1 + 1e-6 and torch.allclose(data.fade(color, generator(0)).mean(1), color.mean(1))
     monkeypatch.setattr(data, "fade", lambda y, g: torch.zeros_like(y))
     photos = Images([photo(0)])
@@ -129,7 +129,7 @@ def test_everyday_draws_by_its_shares_and_spares_what_is_sound(monkeypatch):
     assert (y[~as_it_is] == before).all(), "their target is the photo"
     y = y[as_it_is]
     at_night = (y == -1).all((1, 2, 3))
-    assert within(int(at_night.sum()), len(y), 0.08)
+    assert within(int(at_night.sum()), len(y), 0.11)
     uniform = ~at_night & (y == y[:, :1, :1, :1]).all((1, 2, 3))
     assert within(int((~uniform & ~at_night).sum()), len(y), 0.15), "another color, mostly with a slope"
     tone = y[uniform][:, 0, 0, 0]
