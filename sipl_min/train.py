@@ -215,7 +215,10 @@ def fit(
         about = dict(recipe=label, num_steps=o.trained + step, command=o.command, decibels=o.decibels)
         about |= dict(suite=o.suite) if isinstance(data, Images) else {}
         about |= dict(images=len(data)) if isinstance(data, Images | Dataset) else {}
-        model.about = result.about = getattr(model, "about", {}) | {name: v for name, v in about.items() if v}
+        kept = getattr(model, "about", {})
+        if kept.get("recipe", label) != label:  # T was chosen for that
+            kept = {name: v for name, v in kept.items() if name != "steps"}
+        model.about = result.about = kept | {name: v for name, v in about.items() if v}
         if folder and rank == 0:
             save_checkpoint(folder, result, log, parts, run=run, step=step, about=model.about)
         return step, monotonic()
@@ -343,7 +346,7 @@ def find_recipe(recipe, before, model):
         usual = "authors" if model.fusion else "backbone"
         recipe = before.get("recipe") if before.get("recipe") in RECIPES else usual
     if needs_fusion(known("recipe", recipe, RECIPES)) < bool(model.fusion):
-        raise InputError(f"recipe {recipe!r} needs a model without Proxy Fusion: make it with fusion=False")
+        raise InputError(f"recipe {recipe!r} needs a model without Proxy Fusion: fusion=False, or other weights")
     if needs_fusion(recipe) > bool(model.fusion):
         raise InputError(f"recipe {recipe!r} needs Proxy Fusion: add it with SIPL.from_backbone, or pass 'backbone'")
     return RECIPES[recipe], recipe

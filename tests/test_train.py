@@ -437,7 +437,7 @@ def test_bad_folders_of_photos_are_named_before_anything_is_written(tmp_path):
     [
         (dict(suite="fog"), "unknown suite 'fog'"),
         (dict(recipe="authros"), "unknown recipe 'authros': did you mean 'authors'"),
-        (dict(recipe="backbone"), "recipe 'backbone' needs a model without Proxy Fusion: make it with fusion=False"),
+        (dict(recipe="backbone"), "recipe 'backbone' needs a model without Proxy Fusion: fusion=False"),
         (dict(recipe="again"), "recipe 'again' needs a model without Proxy Fusion"),
         (dict(recipe="unroll", model=tiny(fusion=False)), "recipe 'unroll' needs Proxy Fusion: .* or pass 'backbone'"),
         (dict(num_steps=0), "num_steps=0 must be a positive"),
@@ -576,6 +576,10 @@ def test_trained_weights_keep_their_recipe_and_suite_and_are_treated_gently(tmp_
     did = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["run"]
     assert did["recipe"] == "unroll" and did["suite"] == "three_task" and did["lr"] <= 2e-4 and did["ema"] > 0.9
     assert loaded.about["num_steps"] == 7
+    loaded.about["steps"] = 0  # chosen for the recipe
+    for recipe, about in (("unroll", 0), ("authors", None)):
+        train.fit(loaded, FLAT, recipe=recipe, num_steps=1, batch_size=1, progress=False)
+        assert loaded.about["recipe"] == recipe and loaded.about.get("steps") == about
     backbone, _ = run(None, 1, tiny(fusion=False))
     assert train.finetune_options(backbone)["recipe"] == "backbone"
     assert train.finetune_options(tiny(), start="published weights")["lr"] <= 2e-4
