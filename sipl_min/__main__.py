@@ -93,6 +93,7 @@ def parse(arguments):
     c.add_argument(
         "--decibels", type=float, help="weight of PSNR in the loss beside L1, e.g. 0.002: spares good photos"
     )
+    c.add_argument("--shares", nargs="+", metavar="COLUMN=N", help="how often training meets a column: noise=300")
     c.add_argument("--mild", type=float, help="share of the crops that are degraded only in part")
     c.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="in bfloat16 (default: on CUDA only)")
     c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
@@ -159,6 +160,8 @@ def restore(options):
 
 def train(options):
     chosen = {n: v for n in training.Options.__annotations__ if (v := getattr(options, n, None)) is not None}
+    if options.shares:
+        chosen["shares"] = dict(map(share, options.shares))
     torch.manual_seed(options.seed or 0)
     if not options.weights:
         settings = training.RECIPE_SETTINGS[options.recipe or "authors"]
@@ -185,6 +188,14 @@ def train(options):
         training.fit(model, images, recipe=options.recipe, folder=options.folder, device=device, **chosen)
         if first:
             print(f"weights: {Path(options.folder) / 'model.safetensors'}")
+
+
+def share(text):
+    """ "noise=300" -> ("noise", 300)"""
+    column, _, number = text.partition("=")
+    if not number.isdecimal():
+        raise InputError(f"--shares {text!r}: write a column and a whole number, as in noise=300")
+    return column, int(number)
 
 
 def benchmark(options):

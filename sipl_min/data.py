@@ -245,21 +245,24 @@ def cut(images, size, g):
 
 
 AS_IT_IS = ("clean", "jpeg", "noise", "grain", "camera")  # of "everyday": the target may be dark or flat
-EXTRA = dict.fromkeys(("everyday", "noisy"), (0.15, 0.15))  # shares of crops: JPEG afterwards, degraded only in part
+EXTRA = {"everyday": (0.15, 0.15)}  # shares of crops: JPEG afterwards, degraded only in part
 
 
-def batch(images, step, *, suite="cdd11", crop_size=48, batch_size=8, seed=0, device="cpu", mild=0.0, which=None):
+def batch(
+    images, step, *, suite="cdd11", crop_size=48, batch_size=8, seed=0, device="cpu", mild=0.0, shares=None, which=None
+):
     """Training batch number `step`: degraded x and clean y, (batch_size, 3, crop_size, crop_size), and their columns.
 
     A pure function of its arguments, so training resumes where it stopped. Each crop draws its column by
-    `degrade.SHARES`; columns in `images.pairs` take their crop from there. Crops are cut on the CPU, and degraded on
-    `device`. A share `mild` is degraded in part, y + s (x - y) with s uniform in (0, 1): a network that saw only bad
-    photos spoils good ones. "everyday" and "noisy" have a share of their own, vary the tone, and compress some.
+    `degrade.SHARES`, or by `shares` where that names it, as in dict(noise=300); columns in `images.pairs` take their
+    crop from there. Crops are cut on the CPU, and degraded on `device`. A share `mild` is degraded in part,
+    y + s (x - y) with s uniform in (0, 1): a network that saw only bad photos spoils good ones. "everyday" has a share
+    of its own, varies the tone, and compresses some.
     which: number of the image that all crops come from; None for any."""
-    check_suite(suite)
+    check_suite(suite, shares or ())
     g = generator(hash_seed(seed, step))
     crops, depths = zip(*(images.crop(crop_size, g, which) for _ in range(batch_size)))
-    names = [name for name, share in SHARES[suite].items() for _ in range(share)]
+    names = [name for name, share in (SHARES[suite] | (shares or {})).items() for _ in range(share)]
     columns = [names[int(i)] for i in torch.randint(len(names), (batch_size,), generator=g)]
     x, y, depths = torch.stack(crops), torch.stack(crops), torch.stack(depths).to(device)
     made = [i for i, column in enumerate(columns) if column not in images.pairs]

@@ -234,7 +234,6 @@ SUITES["everyday"] = {  # for one network that is to mend all and spoil nothing:
     "jpeg": (jpeg, {}),
 }
 SUITES["hard"] = {name: SUITES["everyday"][name] for name in ("streaks", "shake", "rain", "snow")}
-SUITES["noisy"] = SUITES["everyday"]  # with more noise, see SHARES
 SUITES["mixed"] = SUITES["three_task"] | SUITES["five_task"] | CDD  # all published tables at once
 
 # suite -> its columns: name -> the steps in it
@@ -242,22 +241,23 @@ COLUMNS = {suite: {name: [name] for name in steps} for suite, steps in SUITES.it
 COLUMNS["cdd11"] = {name: name.split("_") for name in CDD11}
 COLUMNS["doubles"] = {name: steps for name, steps in COLUMNS["cdd11"].items() if len(steps) < 3}
 COLUMNS["deweather"]["Outdoor-Rain"] += COLUMNS["deweather"].pop("veil")
-COLUMNS["everyday"] = COLUMNS["noisy"] = {"clean": []} | COLUMNS["everyday"] | COLUMNS["cdd11"]
+COLUMNS["everyday"] = {"clean": []} | COLUMNS["everyday"] | COLUMNS["cdd11"]
 COLUMNS["mixed"] = COLUMNS["three_task"] | COLUMNS["five_task"] | COLUMNS["cdd11"]
 
 # suite -> how often training meets each column, in whole numbers. Haze and darkness change every pixel, and drown what
-# changes few, as rain does, and what is small, as noise is, until that has been learned: train some hundred steps on
-# "hard" and on "noisy", then on "everyday" again.
+# changes few, as rain does, and what is small, as noise and JPEG are, until that has been learned: train some hundred
+# steps on "hard", and with more noise (shares=dict(noise=300)), then on "everyday" as it is.
 SHARES = {suite: dict.fromkeys(columns, 1) for suite, columns in COLUMNS.items()}
 SHARES["everyday"] |= dict.fromkeys(CDD11, 4) | dict(low=44, haze=6, rain=12, snow=20, clean=30, jpeg=54, noise=90)
 SHARES["everyday"] |= dict(grain=30, camera=14, hazy=56, streaks=44, shake=12, dim=48)
-SHARES["noisy"] = SHARES["everyday"] | dict(noise=300)
 
 
-def check_suite(suite):
-    """Raises InputError where there is no such suite."""
+def check_suite(suite, shares=()):
+    """Raises InputError where there is no such suite, or a share is none of its columns'."""
     if suite not in SUITES:
         raise InputError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
+    if strange := sorted({*shares} - {*COLUMNS[suite]}):
+        raise InputError(f"shares of {', '.join(strange)}: suite {suite!r} has {', '.join(COLUMNS[suite])}")
 
 
 def degrade(x, g, suite, columns, depth=None):

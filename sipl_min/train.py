@@ -13,7 +13,7 @@ import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -103,6 +103,7 @@ class Options:
     num_workers: int = 0  # processes that make batches ahead, on the CPU
     ema: float = 0.0  # decay of a moving average of the weights, e.g. 0.999: what is then validated, saved, and left
     decibels: float = 0.0  # weight of the estimates' PSNR in the loss, beside L1: L1 alone forgets photos nearly right
+    shares: dict[str, int] = field(default_factory=dict)  # column -> how often it is met, instead of `degrade.SHARES`
     mild: float = 0.0  # share of the crops that are degraded only in part, see `data.batch`
     autocast: bool | None = None  # bfloat16; None: on CUDA only
     start: str = ""  # label of the weights that the model comes with
@@ -118,6 +119,8 @@ class Options:
                 raise InputError(f"{name}={getattr(self, name)!r} must be a positive number")
         if not (0 <= self.ema < 1 and 0 <= self.mild <= 1):
             raise InputError(f"ema={self.ema!r} must be in [0, 1), and mild={self.mild!r} in [0, 1]")
+        if self.shares and not all(share >= 0 for share in self.shares.values()):
+            raise InputError(f"shares={self.shares!r} must be whole numbers from 0 on")
 
 
 FILES = ("checkpoint.pt", "model.safetensors", "log.csv")  # of a training
@@ -361,7 +364,7 @@ def find_data(data, o):
     if data is None or isinstance(data, Name | list | tuple):
         data = Images(data, seed=o.seed)
     if isinstance(data, Images):
-        check_suite(o.suite)
+        check_suite(o.suite, o.shares)
         if strange := sorted({*data.pairs} - {*COLUMNS[o.suite]}):
             raise InputError(f"there are pairs of {', '.join(strange)}, not in suite {o.suite!r}: pass one that has it")
     return data
@@ -372,7 +375,8 @@ def batches(data, first, o, device):
     pin = o.num_workers > 0 and device.type == "cuda"
     load = partial(DataLoader, num_workers=o.num_workers, pin_memory=pin, worker_init_fn=leave_interrupts)
     if isinstance(data, Images):
-        options = dict(suite=o.suite, crop_size=o.crop_size, batch_size=o.batch_size, seed=o.seed, mild=o.mild)
+        options = dict(suite=o.suite, crop_size=o.crop_size, batch_size=o.batch_size, seed=o.seed)
+        options |= dict(mild=o.mild, shares=o.shares)
         make = partial(batch, data, device="cpu" if o.num_workers else device, **options)
         epochs = [load(range(first, o.num_steps), batch_size=None, collate_fn=make)]  # step -> its batch
     else:

@@ -104,7 +104,7 @@ def test_some_crops_are_gray_and_some_paler(monkeypatch):
     assert spread.max() < 1 + 1e-6 and torch.allclose(data.fade(color, generator(0)).mean(1), color.mean(1))
     monkeypatch.setattr(data, "fade", lambda y, g: torch.zeros_like(y))
     photos = Images([photo(0)])
-    for suite, share in (("everyday", 1.0), ("noisy", 1.0), ("cdd11", 0.0)):
+    for suite, share in (("everyday", 1.0), ("cdd11", 0.0)):
         _, y, columns = batch(photos, 0, suite=suite, crop_size=8, batch_size=50)
         dark = [not y[i].any() for i, column in enumerate(columns) if column not in data.AS_IT_IS]
         assert sum(dark) == share * len(dark) and dark, suite
@@ -120,6 +120,10 @@ def test_everyday_draws_by_its_shares_and_spares_what_is_sound(monkeypatch):
     for column, share in SHARES["everyday"].items():
         assert within(columns.count(column), 8000, share / sum(SHARES["everyday"].values())), column
     assert within(sum(compressed), sum(column not in ("clean", "jpeg") for column in columns), 0.15)
+
+    _, _, others = batch(gray, 0, suite="everyday", crop_size=8, batch_size=2000, shares=dict(noise=3000, jpeg=0))
+    total = sum((SHARES["everyday"] | dict(noise=3000, jpeg=0)).values())
+    assert within(others.count("noise"), 2000, 3000 / total) and "jpeg" not in others
 
     as_it_is = torch.tensor([column in ("clean", "jpeg", "noise", "grain", "camera") for column in columns])
     in_part = x.amax((1, 2, 3)) > 0

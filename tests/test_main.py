@@ -54,6 +54,10 @@ def test_train_then_restore_with_the_old_and_new_names_of_options(photo, tmp_pat
     model = SIPL.load(tmp_path / "batch-size" / "model.safetensors")
     assert model.settings.backbone == "restormer" and model.settings.identity_start
     assert model.about["recipe"] == "unroll"
+    small, only = ["--steps", "1", "--batch-size", "2", "--crop-size", "32"], ["low=0", "haze=5"]
+    assert main(["train", str(tmp_path / "haze"), *small, "--shares", *only]) == 0
+    run = torch.load(tmp_path / "haze" / "checkpoint.pt", weights_only=True)["run"]
+    assert run["shares"] == dict(low=0, haze=5)
     other = SIPL.load(tmp_path / "count" / "model.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
 
@@ -106,6 +110,8 @@ def test_the_rest(tmp_path, capsys):
         (["benchmark", "cdd11", "--data", "nowhere"], "no folder 'nowhere'"),
         (["train", "runs/x", "--images", "nowhere"], "no folder 'nowhere'"),
         (["train", "runs/x", "--lr", "-1"], "lr=-1.0"),
+        (["train", "runs/x", "--shares", "haze"], "--shares 'haze': write a column and a whole number"),
+        (["train", "runs/x", "--shares", "haze=2", "fog=3"], "shares of fog: suite 'cdd11' has low, haze"),
     ],
 )
 def test_errors_are_one_sentence(command, message, tmp_path, monkeypatch, capsys):

@@ -444,6 +444,8 @@ def test_bad_folders_of_photos_are_named_before_anything_is_written(tmp_path):
         (dict(save_every=0), "save_every=0 must be a positive"),
         (dict(lr=float("nan")), "lr=nan must be a positive"),
         (dict(mild=1.1), "mild=1.1 in"),
+        (dict(shares=dict(fog=3)), "shares of fog: suite 'three_task' has"),
+        (dict(shares=dict(haze=-1)), "shares={'haze': -1} must be whole"),
         (dict(ema=1.0), "ema=1.0 must be in"),
         (dict(device="tpu"), "device 'tpu' cannot be used here"),
     ],
