@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -303,16 +304,18 @@ def vary_tone(y, g):
         flat = flat + slope * torch.linspace(-1, 1, n, device=y.device).unsqueeze(-1).transpose(-1, axis)
     kind = uniform(y, g, (0.0, 1.0))
     y = torch.where(kind < 0.15, flat.clamp(0, 1), y**gamma)
-    return torch.where(kind > 0.89, night(y, g), y)
+    return torch.where(kind > 0.87, night(y, g), y)
 
 
 def night(y, g):
-    """A scene lit by a few lamps: light falls off around them, the rest is nearly black, lamps themselves are white."""
+    """A scene lit by a few lamps, or stars: light falls off around them, the rest is nearly black."""
     grid = torch.rand(len(y), 1, 5, 5, generator=g, device=y.device)
-    light = torch.nn.functional.interpolate(grid, y.shape[-2:], mode="bicubic", align_corners=True).clamp(0, 1)
+    light = F.interpolate(grid, y.shape[-2:], mode="bicubic", align_corners=True).clamp(0, 1)
     light = light ** uniform(y, g, (1.5, 8.0)) + uniform(y, g, (0.0, 0.06))
-    lamps = torch.rand(len(y), 1, *y.shape[-2:], generator=g, device=y.device) < 10 ** uniform(y, g, (-3.5, -2.2))
-    glow = torch.nn.functional.avg_pool2d(torch.nn.functional.max_pool2d(lamps.float(), 3, 1, 1), 3, 1, 1)
+    lamps = torch.rand(len(y), 1, *y.shape[-2:], generator=g, device=y.device) < 10 ** uniform(y, g, (-3.5, -1.5))
+    bright = torch.rand(lamps.shape, generator=g, device=y.device) ** uniform(y, g, (0.0, 4.0))  # few are, as of stars
+    large = F.avg_pool2d(F.max_pool2d(lamps * bright, 3, 1, 1), 3, 1, 1)
+    glow = torch.where(uniform(y, g, (0.0, 1.0)) < 0.5, large, lamps * bright)
     warm = 1 - uniform(y, g, (0.0, 0.6)) * torch.tensor([0.0, 0.4, 1.0], device=y.device)[:, None, None]
     return (y * light * warm + glow * warm).clamp(0, 1)
 
