@@ -93,7 +93,9 @@ def parse(arguments):
     c.add_argument(
         "--decibels", type=float, help="weight of PSNR in the loss beside L1, e.g. 0.002: spares good photos"
     )
-    c.add_argument("--shares", nargs="+", metavar="COLUMN=N", help="how often training meets a column: noise=300")
+    c.add_argument(
+        "--shares", nargs="+", metavar="COLUMN=N", help="how often training meets a column, 1 or as in degrade.SHARES"
+    )
     c.add_argument("--mild", type=float, help="share of the crops that are degraded only in part")
     c.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="in bfloat16 (default: on CUDA only)")
     c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")

@@ -3,7 +3,9 @@
 `batch` makes the batches of our own training. `Degraded` and `Pairs` are ordinary PyTorch data sets for a `DataLoader`.
 In all three, what is drawn follows from seed and place in the training alone, never from what was drawn before."""
 
+import bisect
 import functools
+import itertools
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -257,14 +259,16 @@ def batch(
     A pure function of its arguments, so training resumes where it stopped. Each crop draws its column by
     `degrade.SHARES`, or by `shares` where that names it, as in dict(noise=300); columns in `images.pairs` take their
     crop from there. Crops are cut on the CPU, and degraded on `device`. A share `mild` is degraded in part,
-    y + s (x - y) with s uniform in (0, 1): a network that saw only bad photos spoils good ones. "everyday" has a share
-    of its own, varies the tone, and compresses some.
+    y + s (x - y) with s uniform in (0, 1): a network that saw only bad photos spoils good ones; columns that
+    keep the target (`AS_IT_IS`) are spared. "everyday" has a share of its own, varies the tone, and compresses some.
     which: number of the image that all crops come from; None for any."""
     check_suite(suite, shares or ())
     g = generator(hash_seed(seed, step))
     crops, depths = zip(*(images.crop(crop_size, g, which) for _ in range(batch_size)))
-    names = [name for name, share in (SHARES[suite] | (shares or {})).items() for _ in range(share)]
-    columns = [names[int(i)] for i in torch.randint(len(names), (batch_size,), generator=g)]
+    shares = SHARES[suite] | (shares or {})
+    *ends, total = itertools.accumulate(shares.values())
+    drawn = torch.randint(total, (batch_size,), generator=g).tolist()
+    columns = [[*shares][bisect.bisect(ends, i)] for i in drawn]
     x, y, depths = torch.stack(crops), torch.stack(crops), torch.stack(depths).to(device)
     made = [i for i, column in enumerate(columns) if column not in images.pairs]
     for i, column in enumerate(columns):
@@ -308,7 +312,7 @@ def vary_tone(y, g):
 
 
 def night(y, g):
-    """A scene lit by a few lamps, or stars: light falls off around them, the rest is nearly black."""
+    """Scenes of patches of light, nearly black else, with bright dots anywhere: lamps, or many faint stars."""
     grid = torch.rand(len(y), 1, 5, 5, generator=g, device=y.device)
     light = F.interpolate(grid, y.shape[-2:], mode="bicubic", align_corners=True).clamp(0, 1)
     light = light ** uniform(y, g, (1.5, 8.0)) + uniform(y, g, (0.0, 0.06))

@@ -245,19 +245,24 @@ COLUMNS["everyday"] = {"clean": []} | COLUMNS["everyday"] | COLUMNS["cdd11"]
 COLUMNS["mixed"] = COLUMNS["three_task"] | COLUMNS["five_task"] | COLUMNS["cdd11"]
 
 # suite -> how often training meets each column, in whole numbers. Haze and darkness change every pixel, and drown what
-# changes few, as rain does, and what is small, as noise and JPEG are, until that has been learned: train some hundred
-# steps on "hard", and with more noise (shares=dict(noise=300)), then on "everyday" as it is.
+# changes few, as rain does, and what is small, as noise is, until that has been learned: train some hundred steps on
+# "hard", and with more noise (shares=dict(noise=300)), then on "everyday" as it is.
 SHARES = {suite: dict.fromkeys(columns, 1) for suite, columns in COLUMNS.items()}
 SHARES["everyday"] |= dict.fromkeys(CDD11, 4) | dict(low=44, haze=6, rain=12, snow=20, clean=30, jpeg=130, noise=100)
 SHARES["everyday"] |= dict(grain=30, camera=14, hazy=56, streaks=44, shake=12, dim=48)
 
 
 def check_suite(suite, shares=()):
-    """Raises InputError where there is no such suite, or a share is none of its columns'."""
+    """Raises InputError where there is no such suite, or shares are none of its columns', or no whole numbers."""
     if suite not in SUITES:
         raise InputError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
     if strange := sorted({*shares} - {*COLUMNS[suite]}):
-        raise InputError(f"shares of {', '.join(strange)}: suite {suite!r} has {', '.join(COLUMNS[suite])}")
+        raise InputError(f"shares of {', '.join(map(repr, strange))}: suite {suite!r} has {', '.join(COLUMNS[suite])}")
+    shares = SHARES[suite] | dict(shares)
+    if bad := [f"{name}={n!r}" for name, n in shares.items() if not (isinstance(n, int) and n >= 0)]:
+        raise InputError(f"shares must be whole numbers from 0 on, not {', '.join(bad)}")
+    if not any(shares.values()):
+        raise InputError(f"the shares of all columns of suite {suite!r} are 0: nothing is left to train on")
 
 
 def degrade(x, g, suite, columns, depth=None):

@@ -1,13 +1,13 @@
 """What the loop is worth: python -m sipl_min.study QUESTION FOLDER. Small trainings, seeds, paired comparisons.
 
 `who`       Who is in the loop? The proxy is made from the estimate, from noise, from another image, ...
-`capacity`  PSNR against parameters and operations: backbone, wider backbone, SIPL with T = 0..4.
+`capacity`  Backbone, a backbone of the operations of T = 1, SIPL with T = 0..4: what pays per operation?
 `combinations`  Trained on single degradations, on pairs too, on all: which loop mends two and three at once?
 `cost`      Operations of T = 0..4, by the paper's loop, by the released code's, and with nothing reused.
 
-With --weights these are measured, and nothing is trained. Else all arms of a seed see the same batches and
-test images. Trainings and tables lie in FOLDER; an interrupted command goes on where it was. What was found stands in
-data/README.md."""
+With --weights these are measured, and nothing is trained. Else all arms of a seed see the same crops (in the same
+damage, where they have the same suite) and test images. Trainings and tables lie in FOLDER; an interrupted command
+goes on where it was. What was found stands in data/README.md."""
 
 import argparse
 import sys
@@ -175,6 +175,8 @@ def run(
     """Train each arm with each seed, measure, and return all rows; what lies in `folder` is not done again.
 
     weights: names or files to measure instead."""
+    if min(seeds, photos, size) < 1:
+        raise InputError(f"seeds={seeds}, photos={photos} and size={size} must be 1 or more")
     folder, (measure, arms) = Path(folder), QUESTIONS[question]
     paths = find(test)[:photos] if test else []
     tests = {p.stem: read(p) for p in paths} or held_out()
@@ -245,7 +247,7 @@ def main(arguments=None):
         with atomic_write(Path(options["folder"]) / f"{question}.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(text)
-    except InputError as e:
+    except (ValueError, FloatingPointError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from . import weights
 from .data import Images, batch, hash_seed
-from .degrade import COLUMNS, check_suite, generator
+from .degrade import COLUMNS, SHARES, check_suite, generator
 from .fast import FAST, accelerate
 from .files import InputError, Name, atomic_write
 from .sipl import SIPL, known
@@ -73,7 +73,8 @@ def unroll(model, x, y):
 def again(model, x, y):
     """A loop for the backbone alone: estimates f(x) and f(f(x)), so that what is restored already is left alone.
 
-    Trained on single degradations, it mends two at once better than one pass does, but not three (data/README.md)."""
+    Trained on single degradations, it mends two at once better than one pass does; three at once it leaves worse than
+    they came (data/README.md)."""
     return list(model.estimates(x, 1, "again"))
 
 
@@ -103,7 +104,7 @@ class Options:
     num_workers: int = 0  # processes that make batches ahead, on the CPU
     ema: float = 0.0  # decay of a moving average of the weights, e.g. 0.999: what is then validated, saved, and left
     decibels: float = 0.0  # weight of the estimates' PSNR in the loss, beside L1: L1 alone forgets photos nearly right
-    shares: dict[str, int] = field(default_factory=dict)  # column -> how often it is met, instead of `degrade.SHARES`
+    shares: dict[str, int] = field(default_factory=dict)  # column -> how often it is met, if not as in `degrade.SHARES`
     mild: float = 0.0  # share of the crops that are degraded only in part, see `data.batch`
     autocast: bool | None = None  # bfloat16; None: on CUDA only
     start: str = ""  # label of the weights that the model comes with
@@ -119,8 +120,6 @@ class Options:
                 raise InputError(f"{name}={getattr(self, name)!r} must be a positive number")
         if not (0 <= self.ema < 1 and 0 <= self.mild <= 1):
             raise InputError(f"ema={self.ema!r} must be in [0, 1), and mild={self.mild!r} in [0, 1]")
-        if self.shares and not all(share >= 0 for share in self.shares.values()):
-            raise InputError(f"shares={self.shares!r} must be whole numbers from 0 on")
 
 
 FILES = ("checkpoint.pt", "model.safetensors", "log.csv")  # of a training
@@ -193,6 +192,8 @@ def fit(
     data = find_data(data, o)
     run = describe(model, label, data, o)
     changes = compare(folder, state, run) if first else ""
+    if o.shares:
+        check_suite(o.suite, o.shares)
     device = pick_device(device)
     rank, world = ranks()
     if folder and rank == 0:
@@ -364,9 +365,12 @@ def find_data(data, o):
     if data is None or isinstance(data, Name | list | tuple):
         data = Images(data, seed=o.seed)
     if isinstance(data, Images):
-        check_suite(o.suite, o.shares)
+        check_suite(o.suite)
+        o.shares = SHARES[o.suite] | o.shares  # so that a checkpoint has them, and goes on with them
         if strange := sorted({*data.pairs} - {*COLUMNS[o.suite]}):
             raise InputError(f"there are pairs of {', '.join(strange)}, not in suite {o.suite!r}: pass one that has it")
+    elif o.shares:
+        raise InputError("shares are those of degradations: they go with clean images, not with pairs")
     return data
 
 
@@ -478,6 +482,8 @@ def compare(folder, state, run):
         else:
             if name == "images":
                 old, new = len(old), f"{len(new)} others"
+            if name == "shares":
+                old, new = ({n: v for n, v in a.items() if b.get(n) != v} for a, b in ((old, new), (new, old)))
             advice = "repeat its arguments, or pass another folder"
             raise InputError(f"{path} is of another training ({name}={old!r}, now {new!r}): {advice}")
     return f"{path} goes on from step {done}, with {', '.join(changes)}\n" if changes else ""

@@ -10,6 +10,7 @@ import torch
 
 from sipl_min import SIPL, __main__, __version__
 from sipl_min.__main__ import main
+from sipl_min.degrade import SHARES
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_train_then_restore_with_the_old_and_new_names_of_options(photo, tmp_pat
     small, only = ["--steps", "1", "--batch-size", "2", "--crop-size", "32"], ["low=0", "haze=5"]
     assert main(["train", str(tmp_path / "haze"), *small, "--shares", *only]) == 0
     run = torch.load(tmp_path / "haze" / "checkpoint.pt", weights_only=True)["run"]
-    assert run["shares"] == dict(low=0, haze=5)
+    assert run["shares"] == SHARES["cdd11"] | dict(low=0, haze=5)
     other = SIPL.load(tmp_path / "count" / "model.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
 
@@ -111,7 +112,7 @@ def test_the_rest(tmp_path, capsys):
         (["train", "runs/x", "--images", "nowhere"], "no folder 'nowhere'"),
         (["train", "runs/x", "--lr", "-1"], "lr=-1.0"),
         (["train", "runs/x", "--shares", "haze"], "--shares 'haze': write a column and a whole number"),
-        (["train", "runs/x", "--shares", "haze=2", "fog=3"], "shares of fog: suite 'cdd11' has low, haze"),
+        (["train", "runs/x", "--shares", "haze=2", "fog=3"], "shares of 'fog': suite 'cdd11' has low, haze"),
     ],
 )
 def test_errors_are_one_sentence(command, message, tmp_path, monkeypatch, capsys):

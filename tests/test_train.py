@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sipl_min import SIPL, InputError, train
 from sipl_min.data import Images
+from sipl_min.degrade import SHARES
 from sipl_min.fast import accelerate
 
 FLAT = [np.full((40, 40, 3), v, np.uint8) for v in (60, 120, 200)]
@@ -444,8 +445,10 @@ def test_bad_folders_of_photos_are_named_before_anything_is_written(tmp_path):
         (dict(save_every=0), "save_every=0 must be a positive"),
         (dict(lr=float("nan")), "lr=nan must be a positive"),
         (dict(mild=1.1), "mild=1.1 in"),
-        (dict(shares=dict(fog=3)), "shares of fog: suite 'three_task' has"),
-        (dict(shares=dict(haze=-1)), "shares={'haze': -1} must be whole"),
+        (dict(shares=dict(fog=3)), "shares of 'fog': suite 'three_task' has"),
+        (dict(shares=dict(SOTS=-1)), "from 0 on, not SOTS=-1$"),
+        (dict(shares=dict(SOTS=0.5)), "from 0 on, not SOTS=0.5$"),
+        (dict(shares=dict.fromkeys(SHARES["three_task"], 0)), "all columns of suite 'three_task' are 0"),
         (dict(ema=1.0), "ema=1.0 must be in"),
         (dict(device="tpu"), "device 'tpu' cannot be used here"),
     ],
@@ -468,6 +471,7 @@ def test_a_checkpoint_of_another_training_is_refused_and_the_advice_works(tmp_pa
     for change, message in (
         (dict(seed=3), r"is of another training \(seed=0, now 3\): repeat its arguments, or pass another folder"),
         (dict(suite="five_task"), r"\(suite='three_task', now 'five_task'\)"),
+        (dict(shares=dict(SOTS=3)), r"\(shares={'SOTS': 1}, now {'SOTS': 3}\)"),
         (dict(model=tiny(dictionary_size=(5, 4, 2))), r"\(dictionary_size=\[6, 4, 2\], now \[5, 4, 2\]\)"),
         (dict(data=brighter), r"\(images=3, now '3 others'\)"),
         (dict(num_steps=7), r"has 8 steps behind it: pass num_steps=8 \(--steps 8\) or more"),
@@ -477,6 +481,18 @@ def test_a_checkpoint_of_another_training_is_refused_and_the_advice_works(tmp_pa
         assert len(str(e.value).replace(str(tmp_path), "")) < 200
     assert run(tmp_path)[1] == unbroken[2]
     run(tmp_path / "another", 1, seed=3)
+
+
+def test_a_training_goes_on_with_its_own_shares(tmp_path, monkeypatch):
+    logs = []
+    for name in ("same code", "newer code"):
+        run(tmp_path / name, 2)
+        if name == "newer code":
+            monkeypatch.setitem(SHARES["three_task"], "SOTS", 1000)
+        logs.append(run(tmp_path / name, 6)[1])
+    assert logs[0] == logs[1] != run(num_steps=6)[1]
+    with pytest.raises(InputError, match="go with clean images, not with pairs"):
+        run(data=TensorDataset(torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)), shares=dict(SOTS=2))
 
 
 def test_images_left_out_are_told_and_others_refused(tmp_path, capsys):
