@@ -140,10 +140,10 @@ def by_name(inputs, targets):
     return pairs, left
 
 
-def below(source):
+def below(source, empty=False):
     """A folder, or a list of paths -> path: its folder below the source."""
     if isinstance(source, Name):
-        return {path: path.relative_to(source).parent.as_posix() for path in photos.find(source)}
+        return {path: path.relative_to(source).parent.as_posix() for path in photos.find(source, empty)}
     return {Path(path): "." for path in source}
 
 

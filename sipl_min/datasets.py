@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .data import by_name, check, halves
+from .data import below, by_name, check, halves
 from .degrade import CDD11, COLUMNS, check_suite
 from .files import InputError
 from .photos import PHOTOS
@@ -99,12 +99,6 @@ class Found:
             self.unpaired += unpaired
 
 
-def photos_of(folder):
-    """Photos in a folder and its subfolders, without hidden ones: path -> its folder below, sorted."""
-    found = {path: path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.suffix.lower() in PHOTOS}
-    return {path: name.parent.as_posix() for path, name in found.items() if "/." not in f"/{name.as_posix()}"}
-
-
 def role_of(parts):
     """ "train", "test" or None: the deepest part of a path with such a word tells."""
     for depth, part in reversed([*enumerate(parts)]):
@@ -156,8 +150,8 @@ def find(root):
             folders[:] = [f for f in folders if f not in (*inputs.values(), target)]
             fits = fitting(parts, role, clean=False)
             if fits and ("" in inputs) != (fits[0].name == "CDD-11"):
-                targets = photos_of(folder / target)
-                pairs = {column: by_name(photos_of(folder / name), targets) for column, name in inputs.items()}
+                targets = below(folder / target, empty=True)
+                pairs = {column: by_name(below(folder / name, empty=True), targets) for column, name in inputs.items()}
         elif images or not folders:
             if images and fitting(parts, role, clean=True):
                 pairs = {"": ([(None, path) for path in images], [])}

@@ -31,16 +31,9 @@ def atomic_write(path: Name):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.chmod(temporary, 0o666 & ~umask())  # some libraries write for the owner alone
         os.replace(temporary, path)
     except OSError as e:
         raise InputError(f"cannot write {str(path)!r}: {e.strerror or e}") from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def umask():
-    mask = os.umask(0)  # reading it means setting it
-    os.umask(mask)
-    return mask

@@ -29,14 +29,14 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "AVIF", "JPEG2000", "TIFF")  # a
 MAX_PIXELS = 200e6
 
 
-def find(folder: Name) -> list[Path]:
-    """The photos in a folder and its subfolders, sorted, without hidden ones. InputError where there is none."""
+def find(folder: Name, empty: bool = False) -> list[Path]:
+    """The photos in a folder and its subfolders, sorted, without hidden ones. InputError for none, unless `empty`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no folder {str(folder)!r}: check the path")
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTOS and not p.is_dir())
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
-    if not files:
+    if not (files or empty):
         raise InputError(f"no photos in {str(folder)!r}: put files ending in {', '.join(WRITTEN)} there")
     return files
 

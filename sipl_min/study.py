@@ -159,19 +159,7 @@ def build(arm, dim, seed=0):
     return SIPL("nano", dim=dim, **RECIPE_SETTINGS[recipe]), recipe, suite or "cdd11"
 
 
-def run(
-    question,
-    folder,
-    images=None,
-    test=None,
-    weights=(),
-    seeds=3,
-    num_steps=5000,
-    dim=8,
-    size=192,
-    photos=16,
-    progress=True,
-):
+def run(question, folder, images=None, test=None, weights=(), seeds=3, num_steps=5000, dim=8, size=192, photos=16):
     """Train each arm with each seed, measure, and return all rows; what lies in `folder` is not done again.
 
     weights: names or files to measure instead."""
@@ -187,12 +175,12 @@ def run(
     rows = Rows(folder / f"{question}.csv", ["arm", "seed", "column", "photo", "name"], ["psnr"], **about)
     images = None if weights else Images(images)
     for seed in range(seeds):
-        for arm in tqdm(arms, desc=f"seed {seed}", disable=not progress):
+        for arm in tqdm(arms, desc=f"seed {seed}"):
             if weights:
                 model = SIPL.load(arm)
             else:
                 model, recipe, suite = build(arm, dim, seed)
-                to = dict(folder=folder / f"{arm}-{seed}".replace(": ", "-"), seed=seed, progress=progress)
+                to = dict(folder=folder / f"{arm}-{seed}".replace(": ", "-"), seed=seed)
                 options = dict(suite=suite, num_steps=num_steps, crop_size=64, lr=1e-3, warmup=100)
                 fit(model, images, recipe=recipe, **options, **to)
             with accelerated(model), torch.no_grad():
