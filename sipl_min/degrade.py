@@ -248,7 +248,7 @@ COLUMNS["mixed"] = COLUMNS["three_task"] | COLUMNS["five_task"] | COLUMNS["cdd11
 # changes few, as rain does, and what is small, as noise is, until that has been learned: train some hundred steps on
 # "hard", and with more noise (shares=dict(noise=300)), then on "everyday" as it is.
 SHARES = {suite: dict.fromkeys(columns, 1) for suite, columns in COLUMNS.items()}
-SHARES["everyday"] |= dict.fromkeys(CDD11, 4) | dict(low=44, haze=6, rain=12, snow=20, clean=30, jpeg=130, noise=100)
+SHARES["everyday"] |= dict.fromkeys(CDD11, 6) | dict(low=44, haze=8, rain=12, snow=20, clean=30, jpeg=130, noise=100)
 SHARES["everyday"] |= dict(grain=30, camera=14, hazy=56, streaks=44, shake=12, dim=48)
 
 

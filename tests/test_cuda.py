@@ -59,6 +59,7 @@ def test_half_precision_stays_finite(backbone, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32")  # the compiler's advice to let go of precision
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch 2.11 warns of itself
 def test_compile_of_forward_refinement_and_a_training_step():
     model, x, y = tiny().cuda(), rand(2, 3, 64, 96).cuda(), rand(2, 3, 64, 96, seed=1).cuda()
     expected = model.refine(x)
