@@ -355,7 +355,7 @@ def test_two_processes_train_as_one_and_one_goes_on(tmp_path, capsys):
     for rank in range(2):
         theirs, again = torch.load(tmp_path / f"{rank}.pt")
         differ = (flat(one) - theirs).abs() > 1e-4  # where a gradient is nearly zero, AdamW's step follows its rounding
-        assert differ.float().mean() < 1e-4
+        assert differ.float().mean() < 2e-5 and torch.allclose(flat(one), theirs, atol=1e-3)
         for a, b in zip(log, again, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
             assert a["gradient"] == pytest.approx(b["gradient"], rel=1e-2)
