@@ -58,27 +58,35 @@ def dead_leaves(count, size=128, seed=0, leaves=300):
 
     Radii r with p(r) ~ r^-3 make them alike at every scale (Lee, Mumford & Huang 2001; Achddou et al. 2021)."""
     g = generator(seed)
-    down, right = torch.meshgrid(torch.arange(size) / size, torch.arange(size) / size, indexing="ij")
-    image, uncovered = torch.zeros(count, 3, size, size), torch.ones(count, 1, size, size)
+    image, uncovered = np.zeros((count, 3, size, size), np.float32), np.ones((count, size, size), np.float32)
+    down, right = np.indices((size, size), np.float32) / np.float32(size)
 
     def rand(low, high, channels=1):
-        return low + (high - low) * torch.rand(count, channels, 1, 1, generator=g)
+        return low + (high - low) * torch.rand(count, channels, generator=g).numpy()
 
     tone = rand(0.1, 0.9) + rand(-0.2, 0.2, 3)  # each image has a mood of its own
     for i in range(leaves):
         # inverse of the distribution function of r^-3 between 0.03 and 1; the last leaf is the ground behind all
-        r = 0.03 / (1 - rand(0, 0.999)).sqrt() if i < leaves - 1 else torch.full((count, 1, 1, 1), 9.0)
-        y, x, angle = down - rand(0, 1), right - rand(0, 1), rand(0, torch.pi)
-        u, v = (x * angle.cos() + y * angle.sin()) / r, (y * angle.cos() - x * angle.sin()) / (r * rand(0.3, 1))
-        power = torch.tensor([1.0, 2.0, 8.0])[torch.randint(3, (count, 1, 1, 1), generator=g)]
-        inside = (u.abs() ** power + v.abs() ** power + 1e-9) ** (1 / power)  # 1 on the edge
-        cover = ((1 - inside) * r * size).clamp(0, 1) * uncovered  # one soft pixel, where nothing lies in front
-        wave = torch.sin(rand(5, 200) * (x * (a := rand(0, 6.3)).cos() + y * a.sin()) + rand(0, 6.3))
-        color = 0.5 * (tone + rand(0, 1)) + 0.25 * (rand(0, 1, 3) - 0.5) + rand(-0.3, 0.3) * u.clamp(-1, 1)
-        image += cover * (color + rand(0, 1) ** 3 * 0.3 * wave)
-        uncovered = uncovered - cover
-    grain = rand(0, 0.04) * torch.randn(count, 1, size, size, generator=g)
-    return ((image + grain).clamp(0, 1) * 255).byte()
+        radius = 0.03 / np.sqrt(1 - rand(0, 0.999)) if i < leaves - 1 else np.full((count, 1), 9, np.float32)
+        shape = np.hstack([radius, rand(0, 1), rand(0, 1), rand(0, torch.pi), rand(0.3, 1)])
+        power = np.float32([1, 2, 8])[torch.randint(3, (count,), generator=g).numpy()]
+        waves = np.hstack([rand(5, 200), rand(0, 6.3), rand(0, 6.3)])
+        color = 0.5 * (tone + rand(0, 1)) + 0.25 * (rand(0, 1, 3) - 0.5)
+        slope, strength = rand(-0.3, 0.3), 0.3 * rand(0, 1) ** 3
+        for n, ((r, top, left, angle, aspect), p, (frequency, direction, phase)) in enumerate(zip(shape, power, waves)):
+            box = n, *(slice(max(0, int((c - 1.5 * r) * size)), int((c + 1.5 * r) * size) + 2) for c in (top, left))
+            if not uncovered[box].any():
+                continue
+            y, x = down[box[1:]] - top, right[box[1:]] - left
+            u, v = (x * np.cos(angle) + y * np.sin(angle)) / r, (y * np.cos(angle) - x * np.sin(angle)) / (r * aspect)
+            inside = (np.abs(u) ** p + np.abs(v) ** p + np.float32(1e-9)) ** (1 / p)  # 1 on the edge
+            cover = ((1 - inside) * r * size).clip(0, 1) * uncovered[box]  # one soft pixel, where nothing lies in front
+            wave = np.sin(frequency * (x * np.cos(direction) + y * np.sin(direction)) + phase)
+            shade = slope[n] * u.clip(-1, 1) + strength[n] * wave
+            image[n, :, box[1], box[2]] += cover * (color[n, :, None, None] + shade)
+            uncovered[box] -= cover
+    grain = rand(0, 0.04)[..., None, None] * torch.randn(count, 1, size, size, generator=g).numpy()
+    return torch.from_numpy(((image + grain).clip(0, 1) * 255).astype(np.uint8))
 
 
 # ------------------------------------------------------------------------------------------- files on disk

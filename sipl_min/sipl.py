@@ -3,10 +3,10 @@
 Method:   Wu, Jiang, Jiang & Liu 2025, arXiv 2505.24207.
 Backbone: PromptIR (Potlapalli et al., NeurIPS 2023), which is Restormer (Zamir et al., CVPR 2022) with prompts.
 
-P is a list of features that the encoder E makes of a better image than the input x. Read: a learned Privileged
+P, the privileged features, is what the encoder E makes of a better image than the input x. Read: a learned Privileged
 Dictionary D attends to P, which gives the proxy Read(D, P). Write: the decoder attends to the proxy; without P, to D.
-f(x; proxy) is the whole network. In training (train.py) the better image comes from the clean one. At test time it is
-the network's own estimate: y_0 = f(x; D), y_t = f(x; Read(D, E(y_{t-1}))), t = 1..T. In shapes d is settings.dim."""
+f(x; proxy) is the whole network. In training (train.py) the better image is the clean one, or made of it. At test time
+it is the network's own estimate: y_0 = f(x; D), y_t = f(x; Read(D, E(y_{t-1}))), t = 1..T. In shapes, d is dim."""
 
 import importlib
 from collections.abc import Iterator
@@ -34,17 +34,17 @@ class Settings:
     blocks: tuple = (4, 6, 6, 8)  # transformer blocks
     refinement: int = 4  # transformer blocks after the last decoder level
     heads: tuple = (1, 2, 4, 8)  # of channel attention
-    expansion: float = 2.66  # hidden channels of a feed-forward network / its input channels
+    expansion: float = 2.66  # hidden / input channels of a feed-forward network; Proxy Fusion's have 2
     prompt_channels: tuple = (64, 128, 320)  # PromptIR only
     prompt_size: tuple = (64, 32, 16)  # PromptIR only
     middle: int = 1  # NAFNet only: blocks at 1/16 resolution
     decoder_blocks: tuple = (1, 1, 1, 1)  # NAFNet only: blocks at 1/8, 1/4, 1/2, full resolution
     fusion: bool = True  # False: the backbone alone, without dictionary and Proxy Fusion
     dictionary_size: tuple = (64, 32, 16)  # a dictionary has size x size entries
-    dictionary_std: float = 0.02  # of its random start; the released code starts at 0: a first gradient of 1e9
-    read_heads: tuple = (1, 2, 1)
+    dictionary_std: float = 0.02  # of its random start; released: 0, and so gradients of 1e9 in the first guided pass
+    read_heads: tuple = (1, 2, 1)  # as released
     write_heads: tuple = (1, 2, 4)
-    identity_start: bool = False  # True: Write adds to h, at first nothing; else, as released, to the norm of h
+    identity_start: bool = False  # True: a new Write leaves h as it is; else, as released, it adds to LayerNorm(h)
 
     def __post_init__(self):
         for f in fields(self):
@@ -61,7 +61,7 @@ class Settings:
         return [self.dim * 2**i for i in range(4)]  # channels of each level
 
 
-PRESETS = {  # what differs from the defaults
+PRESETS = {  # what differs from Settings
     "nano": dict(dim=16, blocks=(1, 1, 1, 1), refinement=1, heads=(1, 2, 2, 4), expansion=2.0)  # 1.3 M parameters
     | dict(prompt_channels=(8, 16, 16), prompt_size=(16, 8, 4), dictionary_size=(16, 8, 4)),
     "small": dict(dim=24, blocks=(2, 2, 2, 4), refinement=2)  # 5.4 M
@@ -113,7 +113,7 @@ class ChannelAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Restormer's GDFN: one half of the hidden channels gates the other. Proxy Fusion gates both ways."""
+    """Restormer's GDFN: one half of the inner channels gates the other. Proxy Fusion gates both ways."""
 
     def __init__(self, dim, expansion, dual_gate=False):
         super().__init__()
@@ -180,7 +180,7 @@ class CrossAttention(nn.Module):
 
 
 class ProxyFusion(nn.Module):
-    """The Privileged Dictionary D of one scale, and Read and Write: h <- Write(h, Read(D, P)), h a decoder feature."""
+    """The Privileged Dictionary D of one scale, its Read and Write: h <- Write(h, Read(D, P)), h of the decoder."""
 
     def __init__(self, dim, size, std, read_heads, write_heads, identity_start=False, context_dim=None):
         super().__init__()
@@ -242,22 +242,22 @@ class Decoder(nn.Module):
         return h if self.prompts is None else self.prompts[i](h)
 
     def forward(self, x, features, fuse):
-        """Padded image, its four features, and fuse(i, h), which is Proxy Fusion at scale i -> restored image."""
+        """Padded image, its four features, fuse(i, h): Proxy Fusion at scale i (0: 1/2, 2: 1/8) -> restored image."""
         h = features[3]
-        for i in (2, 1, 0):  # fuse at 1/8, 1/4, 1/2; go up; merge with the encoder's feature there
+        for i in (2, 1, 0):  # fuse at scale i, 1/8 first; go up to level i; merge with the encoder's feature of it
             h = self.adapt(i, fuse(i, h), x)
             h = self.levels[i](self.merge[i](torch.cat([self.up[i](h), features[i]], 1)))
         return self.output(self.refinement(h)) + x  # the network predicts the residual
 
 
-BACKBONES = {"promptir": (Encoder, Decoder), "restormer": (Encoder, Decoder)}  # backbones.py adds AdaIR and NAFNet
+BACKBONES = {"promptir": (Encoder, Decoder), "restormer": (Encoder, Decoder)}  # `backbones.py` adds two more
 
 
 # --------------------------------------------------------------------------------------------------- the method
 class SIPL(nn.Module):
     """A restoration network with a Privileged Dictionary: SIPL("nano"), or SIPL("paper", backbone="restormer").
 
-    `overrides` replace settings of a preset; ValueError where they cannot work. Images are tensors (B, 3, H, W) of any
+    `overrides` replace settings of a preset; ValueError for a wrong name, type or heads. Images are (B, 3, H, W) of any
     size, with values in [0, 1], which only `restore` checks. Estimates have the same shape and are not clamped."""
 
     def __init__(self, preset: str = "nano", **overrides: Any) -> None:
@@ -293,18 +293,18 @@ class SIPL(nn.Module):
         return self.decoder(x, features, lambda i, h: self.fusion[i].write(h, proxies[i]) if proxies else h)
 
     def forward(self, x: Tensor, privileged: list[Tensor] | None = None) -> Tensor:
-        """Restore once: the first pass f(x; D), or with privileged features the guided pass f(x; Read(D, P))."""
+        """Restore once: the first pass f(x; D), or the guided f(x; Read(D, P)), P = privileged(a better image)."""
         (H, W), x = x.shape[-2:], self.pad(x)
         return self.decode(x, self.encoder(x), self.proxies(privileged))[..., :H, :W]
 
     def estimates(self, x: Tensor, steps: int = 1, feedback: str = "privilege") -> Iterator[Tensor]:
-        """Yield y_0 = f(x; D), then y_1, ..., y_T, T = `steps`, with gradients. ValueError for what cannot work.
+        """Yield y_0 = f(x; D), then y_1, ..., y_T, T = `steps`, with gradients. At y_0, ValueError if that cannot work.
         feedback="privilege", the paper's equations: y_t = f(x; Read(D, E(y_{t-1}))), where E(x) is computed once.
-        feedback="chain", the released code: x becomes y_{t-1} for t > 1, and y_t = f(x; Read(D, E(f(x; D)))).
+        feedback="chain", the released code: y_1 as above; then y_t is the y_1 of a loop that begins with x = y_{t-1}.
         feedback="again", our own, also for a backbone alone: y_t = f(y_{t-1}; D)."""
         guided = known("feedback", feedback, ("privilege", "chain", "again")) != "again"
         if steps < 0 or steps != int(steps) or steps and guided and not self.fusion:
-            raise ValueError(f"steps={steps}: it must be a whole number from 0, and 0 where there is no Proxy Fusion")
+            raise ValueError(f"steps={steps}: use a whole number from 0; without Proxy Fusion 0, or feedback='again'")
         (H, W), x = x.shape[-2:], self.pad(x, 16 if feedback == "chain" else 1)  # 16 as in the released loop
         features = self.encoder(x)
         y = self.decode(x, features, self.proxies())
@@ -341,11 +341,11 @@ class SIPL(nn.Module):
         """Weights that come with the project, by name; or a file of `save`, or a published one: see weights.load."""
         return package("weights").load(source, device, net)
 
-    from_pretrained, from_published, save_pretrained = load, load, save  # names that people know
+    from_pretrained, from_published, save_pretrained = load, load, save  # other names of these
 
     @classmethod
     def from_backbone(cls, source: Any, identity_start: bool = False, **overrides: Any) -> "SIPL":
-        """A trained backbone with new Proxy Fusion around it: see weights.from_backbone."""
+        """A trained backbone with Proxy Fusion in it; identity_start keeps its output: see weights.from_backbone."""
         return package("weights").from_backbone(source, identity_start, **overrides)
 
     @classmethod

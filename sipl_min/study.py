@@ -63,11 +63,11 @@ def proxies_from(model, x, y, other, constant, g):
     }
 
 
-def restore_with(model, x, proxies):
-    """f(x; proxies) for an image (1, 3, H, W)."""
-    H, W = x.shape[-2:]
-    x = model.pad(x)
-    return model.decode(x, model.encoder(x), proxies)[..., :H, :W]
+def restore_with(model, x, found):
+    """name -> f(x; proxies), from name -> proxies, for an image x (1, 3, H, W); E(x) is computed once."""
+    (H, W), x = x.shape[-2:], model.pad(x)
+    features = model.encoder(x)
+    return {name: model.decode(x, features, proxies)[..., :H, :W] for name, proxies in found.items()}
 
 
 def share_between_images(model, images):
@@ -95,25 +95,26 @@ def who(model, photos):
     for number, (column, name, x, y) in enumerate(cases):
         other = cases[(number + len(photos) + 1) % len(cases)][2]  # the next photo, in the next column
         other = torch.nn.functional.interpolate(other, x.shape[-2:])
-        for source, proxies in proxies_from(model, x, y, other, constant, generator(number)).items():
-            yield column, name, source, psnr(restore_with(model, x, proxies), y)
+        found = proxies_from(model, x, y, other, constant, generator(number))
+        for source, estimate in restore_with(model, x, found).items():
+            yield column, name, source, psnr(estimate, y)
 
 
 # ----------------------------------------------------------------------------------------------------- capacity
 
 
 def operations(model, T=0, feedback="privilege", size=64):
-    """Multiplications and additions per pixel of T refinements."""
-    with FlopCounterMode(display=False) as counter:
-        model.eval().refine(torch.rand(1, 3, size, size), T, feedback)
-    return counter.get_total_flops() / size**2
+    """Multiplications and additions per pixel of 0, 1, ..., T refinements, a list."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        estimates = model.eval().estimates(torch.rand(1, 3, size, size), T, feedback)
+        return [counter.get_total_flops() / size**2 for _ in estimates]
 
 
 def wider(dim, T=1):
     """The backbone that costs as much as SIPL of width `dim` with T refinements: its own width."""
-    target = operations(SIPL("nano", dim=dim), T)
+    target = operations(SIPL("nano", dim=dim), T)[T]
     widths = range(dim, 4 * dim, 4)  # prompts need a multiple of four
-    return min(widths, key=lambda d: abs(operations(SIPL("nano", dim=d, fusion=False)) / target - 1))
+    return min(widths, key=lambda d: abs(operations(SIPL("nano", dim=d, fusion=False))[0] / target - 1))
 
 
 def loops(model, photos):
@@ -133,7 +134,7 @@ def cost(presets=("nano", "small", "paper"), size=256):
     for preset, loop in product(presets, ("privilege", "chain", "nothing reused")):
         with torch.device("meta"):  # counted, not computed
             model = as_released(SIPL(preset)) if loop == "nothing reused" else SIPL(preset)
-            counted = [operations(model, T, loop, size) for T in range(5)]
+            counted = operations(model, 4, loop, size)
         times = " | ".join(f"{n / counted[0]:.2f} ×" for n in counted[1:])
         text.append(f"| {preset} | {loop} | {counted[0] / 1e3:,.0f} thousand | {times} |")
     return "\n".join(text) + "\n"

@@ -58,12 +58,15 @@ def test_gradients_and_state_stay_and_it_can_be_undone():
 def test_half_precision_stays_finite(backbone, dtype):
     plain = tiny(backbone=backbone).to(dtype)
     x = rand(1, 3, 512, 512).to(dtype)
+    whole = dtype == torch.float16 and backbone == "promptir"  # the plain one too: slow, where no processor helps
+    small = x if whole else x[..., :96, :96]
     with torch.no_grad():
-        first = plain(x) if backbone == "promptir" else None  # the plain one on the way, once
+        first = plain(small)
         quick = accelerate(plain)
         y, black = quick(x), quick(torch.zeros_like(x[..., :64, :64]))
+        second = y if whole else quick(small)
     assert y.dtype == dtype and y.isfinite().all() and black.isfinite().all()
-    assert first is None or first.isfinite().all() and relative(y.float(), first.float()) < 0.1
+    assert first.isfinite().all() and relative(second.float(), first.float()) < 0.1
 
 
 def test_autocast_stays_near_float32_and_keeps_its_residuals(model):

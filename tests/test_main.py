@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from sipl_min import SIPL, __main__, __version__
+from sipl_min import SIPL, __main__, __version__, evaluate
 from sipl_min.__main__ import main
 from sipl_min.degrade import SHARES
+from sipl_min.evaluate import keep
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_train_then_restore_with_the_old_and_new_names_of_options(photo, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
 
 
-def test_a_backbone_trained_to_be_applied_again_is(photo, tmp_path, capsys):
+def test_a_backbone_trained_to_be_applied_again_is(photo, tmp_path, capsys, monkeypatch):
     iio.imwrite(tmp_path / "a.png", photo)
     small = ["--steps", "2", "--batch-size", "1", "--crop-size", "16", "--suite", "singles"]
     assert main(["train", str(tmp_path / "run"), "--recipe", "again", *small]) == 0
@@ -76,6 +77,7 @@ def test_a_backbone_trained_to_be_applied_again_is(photo, tmp_path, capsys):
         assert main(["restore", str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--weights", weights, *more]) == 0
         assert np.array_equal(iio.imread(tmp_path / "b.png"), expected)
         (tmp_path / "b.png").unlink()
+    monkeypatch.setattr(evaluate, "keep", lambda: keep(size=48))
     assert main(["benchmark", "keep", "--weights", weights]) == 0 and "y1" in capsys.readouterr().out
     assert main(["train", str(tmp_path / "more"), "--weights", weights, *small]) == 0  # keeps the recipe
     assert SIPL.load(tmp_path / "more" / "model.safetensors").about["recipe"] == "again"
