@@ -112,9 +112,9 @@ class Options:
     command: str = ""  # noted in the weight file
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if hasattr(value, "item"):  # a number of NumPy, which no checkpoint holds
-                setattr(self, name, value.item())
+        self.shares = dict(self.shares)
+        for values in (vars(self), self.shares):  # NumPy's numbers fit no checkpoint
+            values |= {name: n.item() for name, n in values.items() if hasattr(n, "item")}
         for name in ("num_steps", "batch_size", "crop_size", "lr", "grad_clip", "accumulate", *SAVING):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)!r} must be a positive number")

@@ -1,5 +1,6 @@
 """The study: what stands in for the privileged image, equal compute, seeds that resume."""
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -72,6 +73,15 @@ def test_a_study_runs_resumes_and_reports(question, arm, tmp_path, monkeypatch):
             study.run("who", tmp_path / "nothing", **nothing)
     with pytest.raises(InputError, match="num_steps=2"):
         study.run(question, **arguments | dict(num_steps=3))
+
+
+def test_photos_of_one_stem_are_two(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "COLUMNS", {"cdd11": {"haze": ["haze"]}})
+    for name, value in (("a.png", 60), ("a.jpg", 90), ("b/a.png", 120)):
+        (tmp_path / "test" / name).parent.mkdir(parents=True, exist_ok=True)
+        iio.imwrite(tmp_path / "test" / name, np.full((32, 32, 3), value, np.uint8))
+    rows = study.run("capacity", tmp_path, test=tmp_path / "test", weights=["nano-backbone"], size=32)
+    assert {row["photo"] for row in rows} == {"a.jpg", "a.png", "b/a.png"}
 
 
 def test_weights_can_be_measured_and_costs_counted(tmp_path, capsys, monkeypatch):

@@ -494,6 +494,9 @@ def test_a_training_goes_on_with_its_own_shares(tmp_path, monkeypatch):
     assert logs[0] == logs[1] != run(num_steps=6)[1]
     with pytest.raises(InputError, match="go with clean images, not with pairs"):
         run(data=TensorDataset(torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)), shares=dict(SOTS=2))
+    mine = dict(SOTS=np.int64(2))
+    assert run(tmp_path / "numpy", 2, shares=mine)[1] == run(num_steps=2, shares=dict(SOTS=2))[1]
+    assert type(mine["SOTS"]) is np.int64, "what was passed is as it was"
 
 
 def test_images_left_out_are_told_and_others_refused(tmp_path, capsys):
