@@ -96,6 +96,7 @@ def parse(arguments):
     c.add_argument(
         "--shares", nargs="+", metavar="COLUMN=N", help="how often training meets a column, 1 or as in degrade.SHARES"
     )
+    c.add_argument("--window", type=int, help="pixels a side of the part of each crop that is learned from")
     c.add_argument("--mild", type=float, help="share of the crops that are degraded only in part")
     c.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="in bfloat16 (default: on CUDA only)")
     c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")

@@ -105,6 +105,7 @@ class Options:
     ema: float = 0.0  # decay of a moving average of the weights, e.g. 0.999: what is then validated, saved, and left
     decibels: float = 0.0  # weight of the estimates' PSNR in the loss, beside L1: L1 alone forgets photos nearly right
     shares: dict[str, int] = field(default_factory=dict)  # column -> how often it is met, if not as in `degrade.SHARES`
+    window: int = 0  # pixels a side of the random part of each crop, damaged whole, that is learned from; 0: all of it
     mild: float = 0.0  # share of the crops that are degraded only in part, see `data.batch`
     autocast: bool | None = None  # bfloat16; None: on CUDA only
     start: str = ""  # label of the weights that the model comes with
@@ -118,8 +119,9 @@ class Options:
         for name in ("num_steps", "batch_size", "crop_size", "lr", "grad_clip", "accumulate", *SAVING):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)!r} must be a positive number")
-        if not (0 <= self.ema < 1 and 0 <= self.mild <= 1):
-            raise InputError(f"ema={self.ema!r} must be in [0, 1), and mild={self.mild!r} in [0, 1]")
+        if not (0 <= self.ema < 1 and 0 <= self.mild <= 1 and self.window >= 0):
+            sentence = f"ema={self.ema!r} must be in [0, 1), mild={self.mild!r} in [0, 1]"
+            raise InputError(f"{sentence}, and window={self.window!r} must not be negative")
 
 
 FILES = ("checkpoint.pt", "model.safetensors", "log.csv")  # of a training
@@ -194,6 +196,8 @@ def fit(
     changes = compare(folder, state, run) if first else ""
     if o.shares:
         check_suite(o.suite, o.shares)
+    if isinstance(data, Images) and o.window > o.crop_size:  # of other data, found out at the first batch
+        raise InputError(f"window={o.window} is larger than the crops: pass a larger crop_size than {o.crop_size}")
     device = pick_device(device)
     rank, world = ranks()
     if folder and rank == 0:
@@ -233,8 +237,10 @@ def fit(
     bar = tqdm(range(first, o.num_steps), initial=first, total=o.num_steps, disable=not progress or rank, unit="step")
     with patient() as asked:
         for step in bar:
-            torch.manual_seed(hash_seed(o.seed, step, 3))  # for data sets, recipes and layers that draw random numbers
+            torch.manual_seed(seed := hash_seed(o.seed, step, 3))  # for data sets that draw random numbers
             x, y = next(source)
+            torch.manual_seed(seed)  # for recipes and layers: a DataLoader that begins draws one, too
+            x, y = cut(x, y, o.window)
             optimizer.param_groups[0]["lr"] = learning_rate(step, o)
             if recorded:
                 graph = graph or Graph(network, x, y, o.accumulate)
@@ -395,6 +401,15 @@ def batches(data, first, o, device):
             raise InputError("there are no more batches: pass what can be gone through again, such as a DataLoader")
 
 
+def cut(x, y, side):
+    """The same random part, side x side pixels, of degraded and clean crops (B, 3, H, W); side 0: all of them."""
+    H, W = x.shape[-2:]
+    if side > min(H, W):
+        raise InputError(f"window={side} is larger than the crops, {H} x {W} pixels: pass a larger crop_size")
+    top, left = (int(torch.randint(n - side + 1, ())) if side else 0 for n in (H, W))
+    return [t[..., top : top + (side or H), left : left + (side or W)] for t in (x, y)]
+
+
 def leave_interrupts(_):
     """Ctrl-C reaches the workers too, and only `fit` is to act on it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -468,7 +483,7 @@ def counts(images):
 def compare(folder, state, run):
     """What is new in a training that goes on, as a line. Raises InputError where it would not be the same training."""
     path, done = repr(str(folder / "checkpoint.pt")), state["step"]
-    was, changes = state["run"], []
+    was, changes = dict(window=0) | state["run"], []
     if run["num_steps"] < done:
         raise InputError(f"{path} has {done} steps behind it: pass num_steps={done} (--steps {done}) or more")
     for name, new in (run | run["settings"]).items():

@@ -484,6 +484,30 @@ def test_a_checkpoint_of_another_training_is_refused_and_the_advice_works(tmp_pa
     run(tmp_path / "another", 1, seed=3)
 
 
+def test_learns_from_parts_of_crops_that_were_damaged_whole(tmp_path, monkeypatch):
+    x, y = torch.rand(2, 3, 24, 32), torch.rand(2, 3, 24, 32)
+    assert all(torch.equal(a, b) for a, b in zip(train.cut(x, y, 0), (x, y)))
+    places = set()
+    for _ in range(200):
+        a, b = train.cut(x, y, 16)
+        assert a.shape == b.shape == (2, 3, 16, 16)
+        (place,) = [(i, j) for i in range(9) for j in range(17) if torch.equal(x[..., i : i + 16, j : j + 16], a)]
+        assert torch.equal(y[..., place[0] : place[0] + 16, place[1] : place[1] + 16], b)
+        places.add(place)
+    assert {i for i, _ in places} == {*range(9)} and {j for _, j in places} == {*range(17)}
+    with pytest.raises(InputError, match="window=32 is larger than the crops, 24 x 32 pixels"):
+        train.cut(x, y, 32)
+    with pytest.raises(InputError, match="window=17 is larger than the crops: pass a larger crop_size than 16"):
+        run(tmp_path / "nothing", window=17)
+    assert not (tmp_path / "nothing").exists()
+    with pytest.raises(SystemExit):
+        run(tmp_path, recipe=at(4, SystemExit), window=8)
+    with pytest.raises(InputError, match="another training .window=8, now 0"):
+        run(tmp_path, recipe="authors", window=0)
+    log = run(tmp_path, recipe="authors")[1]  # goes on as it began
+    assert log == run(recipe="authors", window=8)[1] != run(recipe="authors")[1]
+
+
 def test_a_training_goes_on_with_its_own_shares(tmp_path, monkeypatch):
     logs = []
     for name in ("same code", "newer code"):
