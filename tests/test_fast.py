@@ -53,16 +53,12 @@ def test_gradients_and_state_stay_and_it_can_be_undone():
     assert torch.equal(again.refine(x), plain.refine(x))
 
 
-SLOW = pytest.param(torch.bfloat16, 512, marks=pytest.mark.slow)  # slow, where the processor has no bfloat16
-
-
-@pytest.mark.parametrize("dtype, size", [(torch.float16, 512), (torch.bfloat16, 256), SLOW])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_half_precision_stays_finite(backbone, dtype, size):
-    """Sums over pixels leave float16's range first; bfloat16 has the range of float32."""
+def test_half_precision_stays_finite(backbone, dtype):
     plain = tiny(backbone=backbone).to(dtype)
-    x = rand(1, 3, size, size).to(dtype)
-    whole = dtype == torch.float16 and backbone == "promptir"  # the plain one too
+    x = rand(1, 3, 512, 512).to(dtype)
+    whole = backbone == "promptir"  # the plain one too
     small = x if whole else x[..., :96, :96]
     with torch.no_grad():
         first = plain(small)
