@@ -14,7 +14,7 @@ from . import BACKBONES, PRESETS, SIPL, InputError, __version__, datasets, degra
 from . import train as training
 from .data import Images, Pairs, held_out
 from .fast import accelerate
-from .files import atomic_write
+from .files import atomic_write, exit_code
 from .weights import default_feedback, default_steps
 
 SUITES = ", ".join(degrade.SUITES)
@@ -25,14 +25,7 @@ def main(arguments=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a file name that the terminal cannot show is no reason to fail
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    try:
-        return options.function(options) or 0
-    except (ValueError, FloatingPointError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as e:
-        print(str(e) or "stopped", file=sys.stderr)
-        return 130
+    return exit_code(lambda: options.function(options))
 
 
 def parse(arguments):

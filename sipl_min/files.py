@@ -1,7 +1,9 @@
-"""What all files that touch the disk need: one error class, whole writes, the place of the project's own assets."""
+"""What every file that meets a person or the disk needs: one error class, whole writes, the project's own assets."""
 
 import contextlib
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 Name = str | os.PathLike  # of a file or folder
@@ -9,6 +11,18 @@ Name = str | os.PathLike  # of a file or folder
 
 class InputError(ValueError):
     """Something handed in cannot be used. The message is one sentence: what is wrong, where, and what to do."""
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Run a command. Errors of the input and Ctrl-C end in one sentence, not in a traceback: exit codes 2 and 130."""
+    try:
+        return command() or 0
+    except (ValueError, FloatingPointError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as e:
+        print(str(e) or "stopped", file=sys.stderr)
+        return 130
 
 
 def asset(name: str) -> Path:

@@ -5,10 +5,12 @@ The same work as released (norms and attention matrices written out, the whole n
 one. Ratios are to the first variant and dtype asked for. With --output, what is in the file is not measured again."""
 
 import argparse
+import signal
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 
 from .evaluate import Rows
 from .fast import accelerate
-from .files import InputError
+from .files import exit_code
 from .sipl import PRESETS, SIPL, CrossAttention, LayerNorm2d, unit
 from .train import RECIPES, pick_device
 
@@ -136,8 +138,16 @@ def resident(name):
 
 def alone(function, *args):
     """function(*args) in a new process, which remembers no earlier work."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the new process inherits: Ctrl-C is for this one
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+        future = pool.submit(function, *args)
+        signal.signal(signal.SIGINT, handler)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            for process in active_children():
+                process.kill()
+            raise
 
 
 def measure(rows, work, kinds, repeats, device):
@@ -173,7 +183,8 @@ def main(arguments=None):
     if options.repeats < 1 or min(options.sizes) < 16:
         parser.error("--repeats must be at least 1, and --sizes at least 16")
     kinds = list(product(options.variants, options.dtypes))
-    try:
+
+    def compare():
         device = str(pick_device(options.device))
         name = torch.cuda.get_device_name(device) if "cuda" in device else device
         about = dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__, repeats=options.repeats)
@@ -181,9 +192,9 @@ def main(arguments=None):
         print(rows.run, line({name: name for name in KEYS + VALUES}), sep="\n")
         for work in product(options.presets, options.T, options.sizes):
             print(*map(line, measure(rows, work, kinds, options.repeats, device)), sep="\n", flush=True)
-    except InputError as e:
-        parser.error(str(e))
+
+    return exit_code(compare)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,7 +24,7 @@ from .data import Images, held_out
 from .degrade import COLUMNS, degrade, generator, haze, jpeg, noise
 from .evaluate import Rows, center, pair, psnr
 from .fast import accelerated
-from .files import InputError, atomic_write
+from .files import InputError, atomic_write, exit_code
 from .photos import find, read
 from .sipl import SIPL
 from .speed import as_released
@@ -230,15 +230,15 @@ def main(arguments=None):
     for name, value in (("seeds", 3), ("num-steps", 5000), ("dim", 8), ("size", 192), ("photos", 16)):
         parser.add_argument(f"--{name}", type=int, default=value, help="(default: %(default)s)")
     options = vars(parser.parse_args(arguments))
-    try:
+
+    def answer():
         question = options["question"]
         text = cost() if question == "cost" else report(run(**options), question == "combinations")
         with atomic_write(Path(options["folder"]) / f"{question}.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(text)
-    except (ValueError, FloatingPointError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+
+    return exit_code(answer)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
 """The experiment on speed: as released is the same network, ratios are of one run, nothing is measured twice."""
 
 import csv
+import os
+import signal
+import subprocess
+import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -103,8 +108,7 @@ def test_by_command(tmp_path, capsys, monkeypatch, small):
         return 10.0 if function is speed.peak else function(work, *rest)
 
     monkeypatch.setattr(speed, "alone", stops)
-    with pytest.raises(KeyboardInterrupt):
-        speed.main(command)
+    assert speed.main(command) == 130
     assert jobs == [("peak", 16), ("peak", 16), ("race", 16), ("peak", 24), ("peak", 24)]
     first = output.read_text(encoding="utf-8")
     assert first.count("\n") == 3
@@ -122,9 +126,24 @@ def test_by_command(tmp_path, capsys, monkeypatch, small):
         (["--variants", "fast"], "was begun with"),
         (["--output", "s.txt"], "ends in .csv"),
         (["--device", "warp"], "device 'warp' cannot be used here"),
+    ):
+        assert speed.main([*command, *extra]) == 2
+        assert message in capsys.readouterr().err
+    for extra, message in (
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--presets", "huge"], "invalid choice: 'huge'"),
     ):
         with pytest.raises(SystemExit, match="2"):
             speed.main([*command, *extra])
         assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_in_one_word(tmp_path):
+    """Ctrl-C reaches all processes of a terminal: also the one that measures, which must leave no traceback behind."""
+    command = [sys.executable, "-u", "-m", "sipl_min.speed", "--sizes", "512", "--device", "cpu"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run.stdout.readline()  # the run; then the measuring begins
+    time.sleep(1)
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert (run.returncode, said) == (130, "stopped\n")

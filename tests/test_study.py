@@ -87,10 +87,10 @@ def test_photos_of_one_stem_are_two(tmp_path, monkeypatch):
 def test_weights_can_be_measured_and_costs_counted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(study, "COLUMNS", {"cdd11": {"haze": ["haze"]}})
     monkeypatch.setattr(study, "held_out", lambda: {"one": np.full((48, 48, 3), 99, np.uint8)})
-    assert study.main(["capacity", str(tmp_path), "--weights", "nano", "nano-backbone"]) is None
+    assert study.main(["capacity", str(tmp_path), "--weights", "nano", "nano-backbone"]) == 0
     text = capsys.readouterr().out
     assert "| nano | " in text and "| nano-backbone | " in text and not any(p.is_dir() for p in tmp_path.iterdir())
     monkeypatch.setattr(study.cost, "__defaults__", (("nano",), 64))
-    assert study.main(["cost", str(tmp_path)]) is None and (tmp_path / "cost.md").is_file()
+    assert study.main(["cost", str(tmp_path)]) == 0 and (tmp_path / "cost.md").is_file()
     times = {line.split(" | ")[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("| nano ")}
     assert float(times["chain"].split()[-3]) > float(times["nothing reused"].split()[-3]) > 5
