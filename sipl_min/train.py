@@ -196,8 +196,9 @@ def fit(
     changes = compare(folder, state, run) if first else ""
     if o.shares:
         check_suite(o.suite, o.shares)
-    if isinstance(data, Images) and o.window > o.crop_size:  # of other data, found out at the first batch
-        raise InputError(f"window={o.window} is larger than the crops: pass a larger crop_size than {o.crop_size}")
+    size = o.crop_size if isinstance(data, Images) else getattr(data, "crop_size", None)
+    if size and o.window > size:  # of other data, found out at the first batch
+        raise InputError(f"window={o.window} is larger than the crops: pass a larger crop_size than {size}")
     device = pick_device(device)
     rank, world = ranks()
     if folder and rank == 0:

@@ -497,8 +497,11 @@ def test_learns_from_parts_of_crops_that_were_damaged_whole(tmp_path, monkeypatc
     assert {i for i, _ in places} == {*range(9)} and {j for _, j in places} == {*range(17)}
     with pytest.raises(InputError, match="window=32 is larger than the crops, 24 x 32 pixels"):
         train.cut(x, y, 32)
-    with pytest.raises(InputError, match="window=17 is larger than the crops: pass a larger crop_size than 16"):
-        run(tmp_path / "nothing", window=17)
+    pairs = TensorDataset(x, y)
+    pairs.crop_size = 16  # as `Pairs` have it
+    for data in (FLAT, pairs):
+        with pytest.raises(InputError, match="window=17 is larger than the crops: pass a larger crop_size than 16"):
+            run(tmp_path / "nothing", data=data, window=17)
     assert not (tmp_path / "nothing").exists()
     with pytest.raises(SystemExit):
         run(tmp_path, recipe=at(4, SystemExit), window=8)
