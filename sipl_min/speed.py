@@ -5,6 +5,7 @@ The same work as released (norms and attention matrices written out, the whole n
 one. Ratios are to the first variant and dtype asked for. With --output, what is in the file is not measured again."""
 
 import argparse
+import contextlib
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -136,13 +137,25 @@ def resident(name):
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e6
 
 
+@contextlib.contextmanager
+def without_ctrl_c():
+    """Ctrl-C waits for the end of the block, and never reaches a process that begins in it (on Windows it does)."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def alone(function, *args):
     """function(*args) in a new process, which remembers no earlier work."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the new process inherits: Ctrl-C is for this one
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        future = pool.submit(function, *args)
-        signal.signal(signal.SIGINT, handler)
         try:
+            with without_ctrl_c():
+                future = pool.submit(function, *args)
             return future.result()
         except KeyboardInterrupt:
             for process in active_children():
