@@ -40,7 +40,12 @@ def parse(arguments):
         return c
 
     def model(c):
-        c.add_argument("--weights", "--checkpoint", default="nano", help="nano, nano-authors or a file (default: nano)")
+        c.add_argument(
+            "--weights",
+            "--checkpoint",
+            default="nano",
+            help="nano, nano-authors, nano-backbone, or a file, as train makes them (default: nano)",
+        )
         c.add_argument("--steps", type=int, help="refinement steps T (default: what suits the weights)")
         c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
         c.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="to compute in")
@@ -49,7 +54,9 @@ def parse(arguments):
     model(c)
     c.add_argument("--output", default="demo.png", help="where the figure goes (default: %(default)s)")
 
-    c = command(restore, "Restore a photo, or all photos of a folder; size, depth, alpha and metadata are kept.")
+    c = command(
+        restore, "Restore a photo, or all photos of a folder; size, depth, alpha and metadata (TIFF: few) are kept."
+    )
     c.add_argument("input", help="a photo, or a folder of photos")
     c.add_argument("output", help="a file name, or a folder that will be made")
     model(c)
@@ -61,13 +68,14 @@ def parse(arguments):
 
     c = command(train, "Train a model. Ctrl-C saves; the same command again continues.")
     c.add_argument("folder", help="where checkpoint, log and weights go")
-    c.add_argument("--preset", default="nano", choices=PRESETS, help="(default: %(default)s)")
-    c.add_argument("--backbone", default="promptir", choices=BACKBONES, help="(default: %(default)s)")
+    c.add_argument("--preset", choices=PRESETS, help="of new weights (default: nano)")
+    c.add_argument("--backbone", choices=BACKBONES, help="of new weights (default: promptir)")
     c.add_argument("--weights", help="go on from: nano, your file, a published file; a backbone gets Proxy Fusion")
-    c.add_argument("--images", help="a folder of clean photos (default: the embedded images)")
-    c.add_argument("--pairs", nargs=2, metavar=("INPUTS", "TARGETS"), help="two folders of degraded and clean photos")
+    source = c.add_mutually_exclusive_group()
+    source.add_argument("--images", help="a folder of clean photos (default: the embedded images)")
+    source.add_argument("--pairs", nargs=2, metavar=("INPUTS", "TARGETS"), help="folders of degraded and clean photos")
+    source.add_argument("--data", help="a folder with the public data sets: train on their pairs")
     c.add_argument("--skip-bad", action="store_true", help="leave out photos and pairs that cannot be used")
-    c.add_argument("--data", help="a folder with the public data sets: train on their pairs")
     c.add_argument("--recipe", choices=training.RECIPES, help="(default: authors, or that of the weights)")
     c.add_argument("--suite", "--setting", help=f"{SUITES} (default: cdd11, or that of the weights)")
     c.add_argument("--steps", "--num-steps", dest="num_steps", type=int, help="training steps")
@@ -126,10 +134,13 @@ def load(options):
 
 def demo(options):
     import matplotlib
+    from matplotlib.backend_bases import FigureCanvasBase
 
     from . import evaluate, show
 
     matplotlib.use("Agg")  # draw where there is no display
+    if Path(options.output).suffix[1:].lower() not in FigureCanvasBase.filetypes:
+        raise InputError(f"cannot write a figure to {options.output!r}: end the name in .png, .pdf or .svg")
     asked, model, rows = options.steps, load(options), []
     if asked is None and model.fusion:  # a demo shows the loop, also where one pass would do
         options.steps = max(options.steps, 1)
@@ -158,23 +169,27 @@ def train(options):
     chosen = {n: v for n in training.Options.__annotations__ if (v := getattr(options, n, None)) is not None}
     if options.shares:
         chosen["shares"] = dict(map(share, options.shares))
+    if options.weights and (options.preset or options.backbone):
+        raise InputError("--preset and --backbone are of new weights: leave them out, or --weights")
+    if options.pairs and (options.suite or options.mild):
+        raise InputError("--suite and --mild are of degradations, which pairs bring along: leave them out")
     torch.manual_seed(options.seed or 0)
     if not options.weights:
-        settings = training.RECIPE_SETTINGS[options.recipe or "authors"]
-        model = SIPL(options.preset, backbone=options.backbone, **settings)
-        chosen = training.SCHEDULES[options.preset] | chosen
+        settings, preset = training.RECIPE_SETTINGS[options.recipe or "authors"], options.preset or "nano"
+        model = SIPL(preset, backbone=options.backbone or "promptir", **settings)
+        chosen = training.SCHEDULES[preset] | chosen
     else:
         model, chosen["start"] = SIPL.load(options.weights), options.weights
         if options.recipe and training.needs_fusion(options.recipe) > bool(model.fusion):  # begins as the backbone is
             about, model = model.about, SIPL.from_backbone(model, identity_start=True)
             model.about = {"num_steps": about.get("num_steps", 0)}
-    images = None
+    begun, images = training.read_checkpoint(Path(options.folder), model), None
+    usual = begun["run"] if begun else training.finetune_options(model, options.weights)
+    o = vars(training.Options) | usual | chosen  # as `fit` will have them
     if options.pairs:
-        size = chosen.get("crop_size", training.Options.crop_size)
-        images = Pairs(*options.pairs, crop_size=size, skip_bad=options.skip_bad)
+        images = Pairs(*options.pairs, crop_size=o["crop_size"], skip_bad=options.skip_bad)
     elif options.data:
-        suite = options.suite or training.finetune_options(model).get("suite", "cdd11")
-        found = datasets.training(options.data, suite, skip_bad=options.skip_bad)
+        found = datasets.training(options.data, o["suite"], skip_bad=options.skip_bad)
         images = Images(**found, cache=2**33, skip_bad=options.skip_bad)
     elif options.images:
         images = Images(options.images, skip_bad=options.skip_bad)
@@ -197,6 +212,8 @@ def share(text):
 def benchmark(options):
     from . import evaluate
 
+    if options.draws < 1:
+        raise InputError(f"--draws {options.draws}: each photo must be degraded at least once")
     model = load(options)
     against = SIPL.load(options.against, options.device) if options.against else None
     if options.suite == "keep":

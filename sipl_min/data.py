@@ -26,8 +26,8 @@ TRAINING += ["brick.png", "coins.png", "grass.png", "gravel.png"]
 HELD_OUT = {"chelsea": "chelsea.png", "hopper": "grace_hopper.jpg", "camera": "camera.png"}
 
 # Names of folders, in lower case, that hold the degraded and the clean images of pairs.
-INPUTS = ("input", "rainy", "rain", "hazy", "synthetic", "blur", "low", "data", "lq", "inputs", "haze")
-TARGETS = ("target", "gt", "norain", "clear", "original", "sharp", "high", "clean", "targets", "hq")
+INPUTS = ("input", "rainy", "rain", "hazy", "synthetic", "blur", "low", "data", "lq", "inputs", "haze", "in")
+TARGETS = ("target", "gt", "norain", "clear", "original", "sharp", "high", "clean", "targets", "hq", "out")
 
 
 # ------------------------------------------------------------------------------------------ embedded images

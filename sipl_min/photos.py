@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -220,6 +221,8 @@ def restore(model, photo, steps=None, feedback=None, tile=None, overlap=64, prog
     steps = default_steps(model) if steps is None else steps
     feedback = feedback or default_feedback(model)
     photo = read(photo) if isinstance(photo, Name) else photo
+    if isinstance(photo, Image.Image) and photo.mode not in ("L", "LA", "RGB", "RGBA"):
+        raise InputError(f"a photo of Pillow's mode {photo.mode!r}: pass its file, or photo.convert('RGB')")
     photo = photo if isinstance(photo, torch.Tensor) else np.asarray(photo)
     x = to_tensor(photo) if isinstance(photo, np.ndarray) else batch(photo)
     own = next(model.parameters())  # of the model's device and dtype
@@ -313,6 +316,11 @@ def restore_folder(model, source, target, steps=None, *, force=False, max_pixels
     jobs = plan(source, Path(target))
     restored, skipped, problems = 0, 0, []
     options |= dict(steps=steps, progress=progress and len(jobs) == 1)
+    try:
+        restore(model, np.zeros((16, 16, 3), np.uint8), **options)  # options that cannot work are found out now
+    except (ValueError, RuntimeError) as e:
+        raise InputError(str(e).split("\n")[0]) from e
+    check_folder(next(iter(jobs)).parent)
     for place, path in tqdm(jobs.items(), unit="photo", disable=not progress or len(jobs) == 1):
         if place.is_file() and not force:
             skipped += 1
@@ -334,6 +342,15 @@ def restore_folder(model, source, target, steps=None, *, force=False, max_pixels
     return restored, skipped, problems
 
 
+def check_folder(folder):
+    """Make a folder, in which a file can be made. Raises InputError else."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise InputError(f"cannot write to the folder {str(folder)!r}: {e.strerror or e}") from e
+
+
 def plan(source, target):
     """The places of restored photos, each with the photo that it comes from."""
     files, root = (find(source), source) if source.is_dir() else ([source], source.parent)
@@ -343,7 +360,7 @@ def plan(source, target):
     for path in files:
         name = str(path.relative_to(root))
         place = target / (name if path.suffix.lower() in WRITTEN else f"{name}.png")
-        if not source.is_dir() and not target.is_dir():  # the name of a file
+        if not source.is_dir() and not target.is_dir() and target.suffix:  # the name of a file
             place = target
         if place.resolve() == path.resolve():
             raise InputError(f"{str(place)!r} is the original itself: name another place for what is restored")

@@ -52,9 +52,9 @@ class Settings:
             good = isinstance(value, (float, int) if isinstance(like, float) else type(like))
             if not good or (isinstance(like, tuple) and len(value) != len(like)):
                 raise ValueError(f"setting {f.name}={value!r} cannot work: it must be like {like!r}")
-        for d, *heads in zip(self.dims, self.heads, (1, *self.read_heads), (1, *self.write_heads)):
-            if any(h < 1 or d % h for h in heads):  # the 1: full resolution has no Proxy Fusion
-                raise ValueError(f"settings heads, read_heads, write_heads: {d} channels need heads that divide them")
+        for d, *heads in zip(self.dims, self.heads, (2, *self.read_heads), (2, *self.write_heads)):
+            if any(h < 1 or d % h for h in heads):  # the 2: full resolution has no Proxy Fusion, but is halved
+                raise ValueError(f"settings dim, ..heads: {d} channels must be even, and need heads that divide them")
 
     @property
     def dims(self):

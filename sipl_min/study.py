@@ -168,7 +168,7 @@ def run(question, folder, images=None, test=None, weights=(), seeds=3, num_steps
         raise InputError(f"seeds={seeds}, photos={photos} and size={size} must be 1 or more")
     folder, (measure, arms) = Path(folder), QUESTIONS[question]
     paths = find(test)[:photos] if test else []
-    tests = {p.relative_to(test).as_posix(): read(p) for p in paths} or held_out()
+    tests = {p.relative_to(test).as_posix(): read(p) for p in paths} or dict([*held_out().items()][:photos])
     tests = {name: center(photo, size) for name, photo in tests.items()}
     about = dict(num_steps=num_steps, dim=dim, size=size, photos=len(tests))
     if weights:
@@ -179,6 +179,8 @@ def run(question, folder, images=None, test=None, weights=(), seeds=3, num_steps
         for arm in tqdm(arms, desc=f"seed {seed}"):
             if weights:
                 model = SIPL.load(arm)
+                if question == "who" and not model.fusion:
+                    raise InputError(f"{arm} has no Proxy Fusion, so that nothing is in its loop: pass other weights")
             else:
                 model, recipe, suite = build(arm, dim, seed)
                 to = dict(folder=folder / f"{arm}-{seed}".replace(": ", "-"), seed=seed)

@@ -119,9 +119,11 @@ class Options:
         for name in ("num_steps", "batch_size", "crop_size", "lr", "grad_clip", "accumulate", *SAVING):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)!r} must be a positive number")
-        if not (0 <= self.ema < 1 and 0 <= self.mild <= 1 and self.window >= 0):
-            sentence = f"ema={self.ema!r} must be in [0, 1), mild={self.mild!r} in [0, 1]"
-            raise InputError(f"{sentence}, and window={self.window!r} must not be negative")
+        for name in ("ema", "mild", "window", "seed", "warmup", "weight_decay", "decibels"):
+            value, most = getattr(self, name), 1 if name in ("ema", "mild") else math.inf
+            if not 0 <= value <= most or (name, value) == ("ema", 1):
+                wanted = "0 or more" if most > 1 else "from 0 to 1" + ", less than 1" * (name == "ema")
+                raise InputError(f"{name}={value!r} must be {wanted}")
 
 
 FILES = ("checkpoint.pt", "model.safetensors", "log.csv")  # of a training
@@ -357,7 +359,7 @@ def find_recipe(recipe, before, model):
         usual = "authors" if model.fusion else "backbone"
         recipe = before.get("recipe") if before.get("recipe") in RECIPES else usual
     if needs_fusion(known("recipe", recipe, RECIPES)) < bool(model.fusion):
-        raise InputError(f"recipe {recipe!r} needs a model without Proxy Fusion: fusion=False, or other weights")
+        raise InputError(f"recipe {recipe!r} needs a model without Proxy Fusion: fusion=False, or nano-backbone")
     if needs_fusion(recipe) > bool(model.fusion):
         raise InputError(f"recipe {recipe!r} needs Proxy Fusion: add it with SIPL.from_backbone, or pass 'backbone'")
     return RECIPES[recipe], recipe
@@ -404,6 +406,8 @@ def batches(data, first, o, device):
 
 def cut(x, y, side):
     """The same random part, side x side pixels, of degraded and clean crops (B, 3, H, W); side 0: all of them."""
+    if x.shape != y.shape:
+        raise InputError(f"degraded images {tuple(x.shape)} and clean ones {tuple(y.shape)} must have the same shape")
     H, W = x.shape[-2:]
     if side > min(H, W):
         raise InputError(f"window={side} is larger than the crops, {H} x {W} pixels: pass a larger crop_size")

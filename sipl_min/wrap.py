@@ -116,6 +116,8 @@ def wrap(net: nn.Module, encoder: list[str], decoder: list[str], example: torch.
         options: fields of `Taps`: multiple, dictionary_size, read_heads, write_heads, dictionary_std; identity_start
             (True: the first pass is the network's own).
     Raises InputError for modules whose outputs are no features, which do not run just once, or in a wrong order."""
+    if isinstance(encoder, str) or isinstance(decoder, str) or not 0 < len(encoder) == len(decoder):
+        raise InputError(f"encoder={encoder!r} and decoder={decoder!r} must be lists of as many names, one or more")
     shapes = dry_run(net, encoder, decoder, example)
     sizes = [shapes[name][-2:] for name in encoder]
     if len({*sizes}) == len(sizes) and {*sizes} == {shapes[name][-2:] for name in decoder}:

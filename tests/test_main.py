@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from sipl_min import SIPL, __main__, __version__, evaluate
+from sipl_min import SIPL, InputError, __main__, __version__, evaluate
 from sipl_min.__main__ import main
+from sipl_min.data import Pairs
 from sipl_min.degrade import SHARES
 from sipl_min.evaluate import keep
 
@@ -64,6 +65,31 @@ def test_train_then_restore_with_the_old_and_new_names_of_options(photo, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
 
 
+def test_a_training_that_goes_on_has_the_crops_and_the_suite_that_it_had(photo, tmp_path, monkeypatch):
+    def pairs(x, y, crop_size, skip_bad):
+        sizes.append(crop_size)
+        return Pairs(x, y, crop_size, skip_bad=skip_bad)
+
+    def found(root, suite, skip_bad):
+        suites.append(suite)
+        raise InputError("enough")
+
+    sizes, suites, run = [], [], ["train", str(tmp_path / "run"), "--batch-size", "1"]
+    monkeypatch.setattr(__main__, "Pairs", pairs)
+    monkeypatch.setattr(__main__.datasets, "training", found)
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        iio.imwrite(tmp_path / name / "a.png", photo)
+    both = ["--pairs", str(tmp_path / "x"), str(tmp_path / "y")]
+    assert main([*run, *both, "--crop-size", "32", "--steps", "1"]) == main([*run, *both, "--steps", "2"]) == 0
+    tuned = ["train", str(tmp_path / "tuned"), "--weights", "nano", "--batch-size", "1", "--steps", "1"]
+    assert main([*tuned, *both]) == 0  # as weights that are trained already usually go on
+    assert sizes == [32, 32, 128]
+    other = ["train", str(tmp_path / "other"), "--images", str(tmp_path / "y"), "--suite", "three_task", "--steps", "1"]
+    assert main([*other, "--batch-size", "1", "--crop-size", "16"]) == 0
+    assert main(["train", str(tmp_path / "other"), "--data", str(tmp_path)]) == 2 and suites == ["three_task"]
+
+
 def test_a_backbone_trained_to_be_applied_again_is(photo, tmp_path, capsys, monkeypatch):
     iio.imwrite(tmp_path / "a.png", photo)
     small = ["--steps", "2", "--batch-size", "1", "--crop-size", "16", "--suite", "singles"]
@@ -100,6 +126,8 @@ def test_the_rest(tmp_path, capsys):
     assert __version__ in capsys.readouterr().out
     assert main(["study", "who", str(tmp_path), "--images", str(tmp_path / "none")]) == 2
     assert "no folder" in capsys.readouterr().err
+    assert main(["study", "who", str(tmp_path), "--weights", "nano-backbone"]) == 2
+    assert "nano-backbone has no Proxy Fusion" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -113,6 +141,13 @@ def test_the_rest(tmp_path, capsys):
         (["benchmark", "cdd11", "--data", "nowhere"], "no folder 'nowhere'"),
         (["train", "runs/x", "--images", "nowhere"], "no folder 'nowhere'"),
         (["train", "runs/x", "--lr", "-1"], "lr=-1.0"),
+        (["train", "runs/x", "--window", "-1"], "window=-1 must be 0 or more"),
+        (["train", "runs/x", "--ema", "1"], "ema=1.0 must be from 0 to 1, less than 1"),
+        (["train", "runs/x", "--weights", "nano", "--preset", "small"], "--preset and --backbone are of new weights"),
+        (["train", "runs/x", "--weights", "nano", "--recipe", "backbone"], "fusion=False, or nano-backbone"),
+        (["train", "runs/x", "--pairs", "a", "b", "--suite", "hard"], "which pairs bring along"),
+        (["benchmark", "cdd11", "--draws", "0"], "--draws 0: each photo must be degraded"),
+        (["demo", "--output", "figure.xyz"], "end the name in .png, .pdf or .svg"),
         (["train", "runs/x", "--shares", "haze"], "--shares 'haze': write a column and a whole number"),
         (["train", "runs/x", "--shares", "haze=2", "fog=3"], "shares of 'fog': suite 'cdd11' has low, haze"),
     ],

@@ -417,6 +417,23 @@ def test_a_single_photo(tmp_path, photo):
     for options in (dict(tile=50), dict(steps=-1), dict(max_pixels=100)):
         name = [*options][0]
         refused(name, restore_folder, model, tmp_path / "a.png", tmp_path / "c.png", **options)
+    assert restore_folder(model, tmp_path / "a.png", tmp_path / "new", 1) == (1, 0, [])
+    assert names(tmp_path / "new") == ["a.png"]
+
+
+def test_what_cannot_work_is_refused_before_the_first_photo(tmp_path, photo):
+    for name in ("a.png", "b.png"):
+        write(tmp_path / "in" / name, photo)
+    for options, message in (
+        (dict(steps=-1), "steps=-1"),
+        (dict(tile=17), "tile=17"),
+        (dict(overlap=-1), "overlap=-1"),
+    ):
+        refused(message, restore_folder, tiny(), tmp_path / "in", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    refused("cannot write to the folder", restore_folder, tiny(), tmp_path / "in", tmp_path / "in" / "a.png")
+    refused("mode 'P': pass its file, or photo.convert", tiny().restore, Image.fromarray(photo).quantize())
+    assert np.array_equal(tiny().restore(Image.fromarray(photo)), tiny().restore(photo))
 
 
 def test_one_bad_photo_never_stops_the_others(tmp_path, photo, monkeypatch):

@@ -281,8 +281,9 @@ def test_the_file_alone_builds_restores_and_refines(tmp_path):
         (dict(dim=10.5), "setting dim=10.5"),
         (dict(blocks=(1, 2)), r"setting blocks=\(1, 2\) cannot work: it must be like \(4, 6, 6, 8\)"),
         (dict(fusion="yes"), "setting fusion='yes'"),
-        (dict(heads=(3, 2, 4, 8)), "16 channels need heads that divide them"),
-        (dict(read_heads=(1, 5, 1)), "64 channels need heads that divide them"),
+        (dict(heads=(3, 2, 4, 8)), "16 channels must be even, and need heads that divide them"),
+        (dict(read_heads=(1, 5, 1)), "64 channels must be even, and need heads that divide them"),
+        (dict(dim=7), "7 channels must be even"),
     ],
 )
 def test_bad_settings_are_named(arguments, message):

@@ -59,8 +59,8 @@ def test_a_study_runs_resumes_and_reports(question, arm, tmp_path, monkeypatch):
     monkeypatch.setitem(study.QUESTIONS, question, (study.QUESTIONS[question][0], [arm]))
     monkeypatch.setattr(study, "COLUMNS", {"cdd11": {"haze": ["haze"], "low_rain": ["low", "rain"]}})
     photo = {"one": np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8)}
-    monkeypatch.setattr(study, "held_out", lambda: photo)
-    arguments = dict(folder=tmp_path, seeds=2, num_steps=2, size=48)
+    monkeypatch.setattr(study, "held_out", lambda: photo | {"beyond photos=1": photo["one"]})
+    arguments = dict(folder=tmp_path, seeds=2, num_steps=2, size=48, photos=1)
     rows = study.run(question, **arguments)
     before = (tmp_path / f"{question}.csv").read_bytes()
     assert study.run(question, **arguments) == rows and (tmp_path / f"{question}.csv").read_bytes() == before

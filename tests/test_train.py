@@ -445,12 +445,13 @@ def test_bad_folders_of_photos_are_named_before_anything_is_written(tmp_path):
         (dict(num_steps=0), "num_steps=0 must be a positive"),
         (dict(save_every=0), "save_every=0 must be a positive"),
         (dict(lr=float("nan")), "lr=nan must be a positive"),
-        (dict(mild=1.1), "mild=1.1 in"),
+        (dict(mild=1.1), "mild=1.1 must be from 0 to 1$"),
+        (dict(seed=-1), "seed=-1 must be 0 or more"),
         (dict(shares=dict(fog=3)), "shares of 'fog': suite 'three_task' has"),
         (dict(shares=dict(SOTS=-1)), "from 0 on, not SOTS=-1$"),
         (dict(shares=dict(SOTS=0.5)), "from 0 on, not SOTS=0.5$"),
         (dict(shares=dict.fromkeys(SHARES["three_task"], 0)), "all columns of suite 'three_task' are 0"),
-        (dict(ema=1.0), "ema=1.0 must be in"),
+        (dict(ema=1.0), "ema=1.0 must be from 0 to 1, less than 1"),
         (dict(device="tpu"), "device 'tpu' cannot be used here"),
     ],
 )
@@ -497,6 +498,8 @@ def test_learns_from_parts_of_crops_that_were_damaged_whole(tmp_path, monkeypatc
     assert {i for i, _ in places} == {*range(9)} and {j for _, j in places} == {*range(17)}
     with pytest.raises(InputError, match="window=32 is larger than the crops, 24 x 32 pixels"):
         train.cut(x, y, 32)
+    with pytest.raises(InputError, match=r"degraded images \(2, 3, 24, 32\) and clean ones \(2, 3, 24, 24\) must"):
+        train.cut(x, y[..., :24], 0)
     pairs = TensorDataset(x, y)
     pairs.crop_size = 16  # as `Pairs` have it
     for data in (FLAT, pairs):
