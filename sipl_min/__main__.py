@@ -183,9 +183,10 @@ def train(options):
         if options.recipe and training.needs_fusion(options.recipe) > bool(model.fusion):  # begins as the backbone is
             about, model = model.about, SIPL.from_backbone(model, identity_start=True)
             model.about = {"num_steps": about.get("num_steps", 0)}
-    begun, images = training.read_checkpoint(Path(options.folder), model), None
-    usual = begun["run"] if begun else training.finetune_options(model, options.weights)
-    o = vars(training.Options) | usual | chosen  # as `fit` will have them
+    images, o = None, vars(training.Options) | chosen
+    if options.pairs or options.data:  # which are read with the options that `fit` will find
+        begun = training.read_checkpoint(Path(options.folder), model)
+        o |= (begun["run"] if begun else training.finetune_options(model, options.weights)) | chosen
     if options.pairs:
         images = Pairs(*options.pairs, crop_size=o["crop_size"], skip_bad=options.skip_bad)
     elif options.data:

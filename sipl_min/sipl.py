@@ -54,7 +54,7 @@ class Settings:
                 raise ValueError(f"setting {f.name}={value!r} cannot work: it must be like {like!r}")
         for d, *heads in zip(self.dims, self.heads, (2, *self.read_heads), (2, *self.write_heads)):
             if any(h < 1 or d % h for h in heads):  # the 2: full resolution has no Proxy Fusion, but is halved
-                raise ValueError(f"settings dim, ..heads: {d} channels must be even, and need heads that divide them")
+                raise ValueError(f"settings dim, *heads: {d} channels must be even, and need heads that divide them")
 
     @property
     def dims(self):
