@@ -158,7 +158,9 @@ def test_a_night_scene_is_dark_with_white_lamps_or_stars():
     )
 
 
-@pytest.mark.parametrize("x, y", [("input", "target"), ("LQ", "GT"), ("Hazy", "clear"), ("noisy", "clean"), ("in", "out")])
+@pytest.mark.parametrize(
+    "x, y", [("input", "target"), ("LQ", "GT"), ("Hazy", "clear"), ("noisy", "clean"), ("in", "out")]
+)
 def test_a_folder_of_pairs_is_no_folder_of_clean_photos(tmp_path, x, y):
     inputs, targets = pairs_on_disk(tmp_path, "1.png", x=x, y=y)
     for make in (Images, lambda folder: Degraded(folder, "cdd11")):
