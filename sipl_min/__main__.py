@@ -15,7 +15,7 @@ from . import train as training
 from .data import Images, Pairs, held_out
 from .fast import accelerate
 from .files import atomic_write, exit_code
-from .weights import default_feedback, default_steps
+from .weights import default_feedback, default_steps, recipe_of, refiner
 
 SUITES = ", ".join(degrade.SUITES)
 
@@ -142,12 +142,13 @@ def demo(options):
     if Path(options.output).suffix[1:].lower() not in FigureCanvasBase.filetypes:
         raise InputError(f"cannot write a figure to {options.output!r}: end the name in .png, .pdf or .svg")
     asked, model, rows = options.steps, load(options), []
-    if asked is None and model.fusion:  # a demo shows the loop, also where one pass would do
+    if asked is None and model.fusion and recipe_of(model) != "overview":  # shows the loop, though one pass would do
         options.steps = max(options.steps, 1)
     print(f"{'photo, degradation':30s}{'input':>9s}" + "".join(f"{f'y{t}':>9s}" for t in range(options.steps + 1)))
     for (name, photo), column in zip(held_out().items(), ("streaks", "dim", "noise")):
         x, y = evaluate.pair(evaluate.center(photo, 256), "everyday", column)
-        estimates = model.refine(x.to(next(model.parameters())), options.steps, options.feedback, return_all=True)
+        see = refiner(model, x, options.steps, options.feedback, return_all=True)
+        estimates = see(x.to(next(model.parameters())))
         numbers = [evaluate.psnr(e, y) for e in (x, *estimates)]
         print(f"{f'{name}, {column}':30s}" + "".join(f"{n:6.2f} dB" for n in numbers))
         rows.append(show.estimates_row(x, [e.float().cpu() for e in estimates], y, f"{name}: {column}"))

@@ -26,7 +26,7 @@ from .degrade import COLUMNS, check_suite, degrade, generator, jpeg, noise
 from .fast import accelerated
 from .files import InputError, asset
 from .photos import MARGIN, mirrored, read, to_tensor
-from .weights import default_feedback, default_steps
+from .weights import default_feedback, default_steps, refiner
 
 
 def psnr(y: torch.Tensor, clean: torch.Tensor) -> float:
@@ -257,7 +257,7 @@ def measure(model, cases, steps=None, against=None, output=None, progress=True):
             if None in found:
                 estimates, margin = [x], MARGIN if about["suite"] == "keep" else 0  # as `restore` treats sound photos
                 for network, T in [(other, 0) for other in others] + [(model, steps)]:
-                    see = partial(network.refine, steps=T, feedback=default_feedback(network), return_all=True)
+                    see = refiner(network, x, T, default_feedback(network), return_all=True)
                     estimates += mirrored(see, x.to(next(network.parameters())), margin)
                 found = [rows.add(**about, estimate=n, **scores(e, y, about)) for n, e in zip(names, estimates)]
             measured += found

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from .degrade import mirror
 from .fast import accelerated
 from .files import InputError, Name, atomic_write
-from .weights import default_feedback, default_steps
+from .weights import default_feedback, default_steps, refiner
 
 JPEG, TIFF = (".jpg", ".jpeg", ".jpe", ".jfif"), (".tif", ".tiff")
 WRITTEN = (".png", *JPEG, *TIFF, ".bmp", ".webp")  # these keep their format
@@ -230,9 +230,10 @@ def restore(model, photo, steps=None, feedback=None, tile=None, overlap=64, prog
     side = math.inf if side >= max(x.shape[-2:]) else side  # its margin cuts no photo into windows
 
     def refine(x):
-        return windows(lambda part: model.refine(part.to(own), steps, feedback).to(x), x, side, overlap, progress)
+        return windows(lambda part: see(part.to(own)).to(x), x, side, overlap, progress)
 
     with accelerated(model):
+        see = refiner(model, x, steps, feedback)
         y = mirrored(refine, x)
     if not y.isfinite().all():
         raise InputError(f"the result is not finite: {own.dtype} overflows, use float32, or the weights are broken")

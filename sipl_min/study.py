@@ -3,6 +3,7 @@
 `who`       Who is in the loop? The proxy is made from the estimate, from noise, from another image, ...
 `capacity`  Backbone, a backbone of the operations of T = 1, SIPL with T = 0..4: what pays per operation?
 `combinations`  Trained on single degradations, on pairs too, on all: which loop mends two and three at once?
+`windows`   Photos in windows of 64 x 64: guided by an overview of the photo, or by nothing, and the photo at once.
 `cost`      Operations of T = 0..4, by the paper's loop, by the released code's, and with nothing reused.
 
 With --weights these are measured, and nothing is trained. Else all arms of a seed see the same crops (in the same
@@ -25,7 +26,7 @@ from .degrade import COLUMNS, degrade, generator, haze, jpeg, noise
 from .evaluate import Rows, center, pair, psnr
 from .fast import accelerated
 from .files import InputError, atomic_write, exit_code
-from .photos import find, read
+from .photos import find, read, windows
 from .sipl import SIPL
 from .speed import as_released
 from .train import RECIPE_SETTINGS, fit
@@ -127,6 +128,22 @@ def loops(model, photos):
                     yield column, name, f"{loop} y{t}", psnr(estimate, y)
 
 
+# ------------------------------------------------------------------------------------------------------ windows
+def in_windows(model, photos, side=64):
+    """Yield (column, photo, guide, PSNR): photos in windows of side x side pixels, by what all windows read."""
+    for column in COLUMNS["cdd11"]:
+        for name, photo in photos.items():
+            x, y = pair(photo, "cdd11", column)
+            guides = {"no guide": None}
+            if model.fusion:
+                small = torch.nn.functional.interpolate(x, (side, side), mode="area")
+                guides["degraded overview"] = model.privileged(small)
+                guides["restored overview"] = model.privileged(model(small))
+            for guide, P in guides.items():
+                yield column, name, guide, psnr(windows(lambda part: model(part, P), x, side, overlap=0), y)
+            yield column, name, "whole, no guide", psnr(model(x), y)
+
+
 # --------------------------------------------------------------------------------------------------------- cost
 def cost(presets=("nano", "small", "paper"), size=256):
     """A Markdown table: operations of the first pass, and of T refinements as multiples of it."""
@@ -144,10 +161,12 @@ def cost(presets=("nano", "small", "paper"), size=256):
 GUIDED = ["authors", "privilege", "unroll"]
 STEPWISE = ["singles: backbone", "singles: equal compute", "singles: again", "singles: authors"]
 STEPWISE += ["doubles: backbone", "backbone"]
+WINDOWED = ["windowed", "overview"]  # learn from windows of crops that were damaged whole, without a guide and with
 QUESTIONS = {  # what is measured, and the arms: a suite to train on if it is not cdd11, and a recipe
     "who": (who, GUIDED),
     "capacity": (loops, ["backbone", "equal compute", *GUIDED]),
     "combinations": (loops, STEPWISE),
+    "windows": (in_windows, ["backbone", *WINDOWED]),
 }
 
 
@@ -156,7 +175,7 @@ def build(arm, dim, seed=0):
     torch.manual_seed(seed)
     suite, _, arm = arm.rpartition(": ")
     dim = wider(dim) if arm == "equal compute" else dim
-    recipe = "backbone" if arm == "equal compute" else arm
+    recipe = "backbone" if arm in ("equal compute", "windowed") else arm
     return SIPL("nano", dim=dim, **RECIPE_SETTINGS[recipe]), recipe, suite or "cdd11"
 
 
@@ -185,6 +204,7 @@ def run(question, folder, images=None, test=None, weights=(), seeds=3, num_steps
                 model, recipe, suite = build(arm, dim, seed)
                 to = dict(folder=folder / f"{arm}-{seed}".replace(": ", "-"), seed=seed)
                 options = dict(suite=suite, num_steps=num_steps, crop_size=64, lr=1e-3, warmup=100)
+                options |= dict(crop_size=192, window=64) if arm in WINDOWED else {}
                 fit(model, images, recipe=recipe, **options, **to)
             with accelerated(model), torch.no_grad():
                 for column, photo, name, value in measure(model, tests):

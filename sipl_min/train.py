@@ -78,7 +78,16 @@ def again(model, x, y):
     return list(model.estimates(x, 1, "again"))
 
 
+def overview(model, x, y):
+    """For photos that are restored in windows: P = E(o), o the whole photo shrunk; estimate f(x; Read(D, P)).
+
+    x: a window of a damaged crop and the whole crop shrunk to its size, as channels, (B, 6, H, W). Our own."""
+    x, o = x.chunk(2, dim=1)
+    return model(x, model.privileged(o))
+
+
 RECIPES = {"authors": authors, "backbone": backbone, "privilege": privilege, "unroll": unroll, "again": again}
+RECIPES |= {"overview": overview}
 RECIPE_SETTINGS = {name: {} for name in RECIPES}  # the settings that a recipe needs, or was made for
 RECIPE_SETTINGS |= {"unroll": dict(identity_start=True)} | dict.fromkeys(("backbone", "again"), dict(fusion=False))
 
@@ -199,6 +208,8 @@ def fit(
     if o.shares:
         check_suite(o.suite, o.shares)
     size = o.crop_size if isinstance(data, Images) else getattr(data, "crop_size", None)
+    if label == "overview" and not o.window:
+        raise InputError("recipe 'overview' needs windows: pass e.g. window=64, crop_size=192")
     if size and o.window > size:  # of other data, found out at the first batch
         raise InputError(f"window={o.window} is larger than the crops: pass a larger crop_size than {size}")
     device = pick_device(device)
@@ -224,6 +235,7 @@ def fit(
 
     def save(step):
         about = dict(recipe=label, num_steps=o.trained + step, command=o.command, decibels=o.decibels)
+        about |= dict(window=o.window) if label == "overview" else {}
         about |= dict(suite=o.suite) if isinstance(data, Images) else {}
         about |= dict(images=len(data)) if isinstance(data, Images | Dataset) else {}
         kept = getattr(model, "about", {})
@@ -243,7 +255,7 @@ def fit(
             torch.manual_seed(seed := hash_seed(o.seed, step, 3))  # for data sets that draw random numbers
             x, y = next(source)
             torch.manual_seed(seed)  # for recipes and layers: a DataLoader that begins draws one, too
-            x, y = cut(x, y, o.window)
+            x, y = cut(x, y, o.window, label == "overview")
             optimizer.param_groups[0]["lr"] = learning_rate(step, o)
             if recorded:
                 graph = graph or Graph(network, x, y, o.accumulate)
@@ -404,15 +416,18 @@ def batches(data, first, o, device):
             raise InputError("there are no more batches: pass what can be gone through again, such as a DataLoader")
 
 
-def cut(x, y, side):
-    """The same random part, side x side pixels, of degraded and clean crops (B, 3, H, W); side 0: all of them."""
+def cut(x, y, side, overview=False):
+    """The same random part, side x side pixels, of degraded and clean crops (B, 3, H, W); side 0: all of them.
+
+    overview: three more channels beside the degraded part, the whole crop shrunk to its size."""
     if x.shape != y.shape:
         raise InputError(f"degraded images {tuple(x.shape)} and clean ones {tuple(y.shape)} must have the same shape")
     H, W = x.shape[-2:]
     if side > min(H, W):
         raise InputError(f"window={side} is larger than the crops, {H} x {W} pixels: pass a larger crop_size")
     top, left = (int(torch.randint(n - side + 1, ())) if side else 0 for n in (H, W))
-    return [t[..., top : top + (side or H), left : left + (side or W)] for t in (x, y)]
+    part, y = (t[..., top : top + (side or H), left : left + (side or W)] for t in (x, y))
+    return (torch.cat([part, F.interpolate(x, part.shape[-2:], mode="area")], 1) if overview else part), y
 
 
 def leave_interrupts(_):

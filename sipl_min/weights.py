@@ -9,13 +9,16 @@ import os
 import re
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 
 from .backbones import BiasFreeNorm
 from .files import InputError, Name, asset, atomic_write
@@ -27,13 +30,38 @@ INCLUDED = ("nano", "nano-authors", "nano-backbone")  # trained weights in data/
 
 def default_steps(model: SIPL) -> int:
     """Refinement steps T that suit a model: what its file says, else 1 where it was made for a loop."""
-    looped = model.fusion or default_feedback(model) == "again"
+    looped = model.fusion and recipe_of(model) != "overview" or default_feedback(model) == "again"
     return getattr(model, "about", {}).get("steps", 1 if looped else 0)
 
 
 def default_feedback(model: SIPL) -> str:
     """The kind of feedback that suits a model: "again" if it was trained with that, else "privilege"."""
-    return "again" if getattr(model, "about", {}).get("recipe") == "again" else "privilege"
+    return "again" if recipe_of(model) == "again" else "privilege"
+
+
+def recipe_of(model):
+    return getattr(model, "about", {}).get("recipe")
+
+
+def refiner(model: SIPL, photo: torch.Tensor, steps: int, feedback: str, return_all: bool = False) -> Callable:
+    """`model.refine` with these options, for a photo (B, 3, H, W) or its windows.
+
+    For weights of the recipe "overview" the guided pass, P made of the photo shrunk to the size of their windows.
+    Raises InputError if these are to refine: they were not trained for it."""
+    if recipe_of(model) != "overview":
+        return partial(model.refine, steps=steps, feedback=feedback, return_all=return_all)
+    if steps:
+        raise InputError(f"steps={steps}: weights of the recipe 'overview' make one guided pass, pass 0 (--steps 0)")
+    overview = F.interpolate(photo, 2 * [model.about["window"]], mode="area").to(next(model.parameters()))
+
+    @torch.no_grad()
+    def guided(x):
+        y = model(x, privileged)
+        return y[None] if return_all else y
+
+    with torch.no_grad():
+        privileged = model.privileged(overview)
+    return guided
 
 
 def save(model: SIPL, path: Name) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+import torch.nn.functional as F
 from conftest import tiny
 from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
 
-from sipl_min import InputError, photos
+from sipl_min import InputError, evaluate, photos
 from sipl_min.fast import FAST
 from sipl_min.photos import find, from_tensor, read, restore_folder, to_tensor, write
 
@@ -314,6 +315,27 @@ def test_windows_blend_without_seams(model):
     for axis in (0, 1):  # where windows meet, the brightness jumps no more than elsewhere
         jumps = [np.abs(np.diff(a, axis=axis)).max() for a in (whole, cut)]
         assert jumps[1] <= jumps[0] + np.abs(whole - cut).max() / 24
+
+
+def test_windows_are_guided_by_an_overview_of_the_photo(model):
+    photo = torch.rand(1, 3, 96, 208)
+    without = model.restore(photo, tile=80, overlap=24, steps=0)
+    model.about = dict(recipe="overview", window=32)  # as such a training leaves it
+    with torch.no_grad():
+        P = model.privileged(F.interpolate(photo, (32, 32), mode="area"))
+
+        def in_windows(x):
+            return photos.windows(lambda part: model(part, P), x, 80, 24)
+
+        expected = photos.mirrored(in_windows, photo).clamp(0, 1)
+    guided = model.restore(photo, tile=80, overlap=24)
+    assert torch.allclose(guided, expected, atol=1e-5) and not torch.allclose(guided, without, atol=1e-3)
+    case = dict(source="", suite="", column="", photo="", draw=0)
+    (_, y0) = evaluate.measure(model, [(case, photo, photo)], progress=False)
+    with torch.no_grad():
+        assert y0["estimate"] == "y0" and y0["psnr"] == pytest.approx(evaluate.psnr(model(photo, P), photo), abs=1e-3)
+    with pytest.raises(InputError, match="steps=1: weights of the recipe 'overview' make one guided pass, pass 0"):
+        model.restore(photo, 1)
 
 
 def test_windows_follow_from_free_memory(model, monkeypatch):

@@ -98,6 +98,10 @@ def test_recipes_make_the_estimates_that_they_say(model):
     plain = tiny(fusion=False)
     assert torch.equal(train.backbone(plain, x, y), plain(x))
     assert all(torch.equal(a, b) for a, b in zip(train.again(plain, x, y), (plain(x), plain(plain(x))), strict=True))
+    both, right = train.cut(x, y, 8, overview=True)
+    assert both.shape == (1, 6, 8, 8) and torch.equal(both[:, 3:], F.avg_pool2d(x, 2)) and right.shape == (1, 3, 8, 8)
+    window, small = both.chunk(2, 1)
+    assert torch.equal(train.overview(model, both, right), model(window, model.privileged(small)))
 
 
 def test_a_zero_dictionary_explodes_once_and_a_random_one_does_not():
@@ -512,6 +516,10 @@ def test_learns_from_parts_of_crops_that_were_damaged_whole(tmp_path, monkeypatc
         run(tmp_path, recipe="authors", window=0)
     log = run(tmp_path, recipe="authors")[1]  # goes on as it began
     assert log == run(recipe="authors", window=8)[1] != run(recipe="authors")[1]
+    with pytest.raises(InputError, match="recipe 'overview' needs windows: pass e.g. window=64, crop_size=192"):
+        run(recipe="overview")
+    model = run(tmp_path / "o", recipe="overview", window=8)[0]
+    assert SIPL.load(tmp_path / "o" / "model.safetensors").about["window"] == model.about["window"] == 8
 
 
 def test_a_training_goes_on_with_its_own_shares(tmp_path, monkeypatch):
