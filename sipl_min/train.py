@@ -156,6 +156,8 @@ def finetune_options(model: SIPL, start: str = "") -> dict[str, Any]:
         options["suite"] = about["suite"]
     if about.get("recipe") in RECIPES and needs_fusion(about["recipe"]) == bool(model.fusion):
         options["recipe"] = about["recipe"]
+    if side := about.get("window"):  # of the recipe "overview"
+        options |= dict(window=side, crop_size=3 * side)
     return options
 
 
@@ -209,7 +211,7 @@ def fit(
         check_suite(o.suite, o.shares)
     size = o.crop_size if isinstance(data, Images) else getattr(data, "crop_size", None)
     if label == "overview" and not o.window:
-        raise InputError("recipe 'overview' needs windows: pass e.g. window=64, crop_size=192")
+        raise InputError("recipe 'overview' needs --window, and a larger --crop-size: e.g. window=64, crop_size=192")
     if size and o.window > size:  # of other data, found out at the first batch
         raise InputError(f"window={o.window} is larger than the crops: pass a larger crop_size than {size}")
     device = pick_device(device)

@@ -516,10 +516,11 @@ def test_learns_from_parts_of_crops_that_were_damaged_whole(tmp_path, monkeypatc
         run(tmp_path, recipe="authors", window=0)
     log = run(tmp_path, recipe="authors")[1]  # goes on as it began
     assert log == run(recipe="authors", window=8)[1] != run(recipe="authors")[1]
-    with pytest.raises(InputError, match="recipe 'overview' needs windows: pass e.g. window=64, crop_size=192"):
+    with pytest.raises(InputError, match="recipe 'overview' needs --window, and a larger --crop-size: e.g. window=64"):
         run(recipe="overview")
     model = run(tmp_path / "o", recipe="overview", window=8)[0]
     assert SIPL.load(tmp_path / "o" / "model.safetensors").about["window"] == model.about["window"] == 8
+    assert train.finetune_options(model).items() >= dict(recipe="overview", window=8, crop_size=24).items()
 
 
 def test_a_training_goes_on_with_its_own_shares(tmp_path, monkeypatch):
