@@ -15,7 +15,7 @@ from . import train as training
 from .data import Images, Pairs, held_out
 from .fast import accelerate
 from .files import atomic_write, exit_code
-from .weights import default_feedback, default_steps, recipe_of, refiner
+from .weights import default_feedback, default_steps, refiner
 
 SUITES = ", ".join(degrade.SUITES)
 
@@ -142,7 +142,7 @@ def demo(options):
     if Path(options.output).suffix[1:].lower() not in FigureCanvasBase.filetypes:
         raise InputError(f"cannot write a figure to {options.output!r}: end the name in .png, .pdf or .svg")
     asked, model, rows = options.steps, load(options), []
-    if asked is None and model.fusion and recipe_of(model) != "overview":  # shows the loop, though one pass would do
+    if asked is None and model.fusion and "window" not in model.about:  # shows the loop, though one pass would do
         options.steps = max(options.steps, 1)
     print(f"{'photo, degradation':30s}{'input':>9s}" + "".join(f"{f'y{t}':>9s}" for t in range(options.steps + 1)))
     for (name, photo), column in zip(held_out().items(), ("streaks", "dim", "noise")):
@@ -182,12 +182,13 @@ def train(options):
     else:
         model, chosen["start"] = SIPL.load(options.weights), options.weights
         if options.recipe and training.needs_fusion(options.recipe) > bool(model.fusion):  # begins as the backbone is
-            about, model = model.about, SIPL.from_backbone(model, identity_start=True)
+            closed = options.recipe != "overview"  # which has no loss that would open the path
+            about, model = model.about, SIPL.from_backbone(model, identity_start=closed)
             model.about = {"num_steps": about.get("num_steps", 0)}
     images, o = None, vars(training.Options) | chosen
     if options.pairs or options.data:  # which are read with the options that `fit` will find
         begun = training.read_checkpoint(Path(options.folder), model)
-        o |= (begun["run"] if begun else training.finetune_options(model, options.weights)) | chosen
+        o |= (begun["run"] if begun else training.finetune_options(model, options.weights, options.recipe)) | chosen
     if options.pairs:
         images = Pairs(*options.pairs, crop_size=o["crop_size"], skip_bad=options.skip_bad)
     elif options.data:

@@ -7,8 +7,8 @@
 `cost`      Operations of T = 0..4, by the paper's loop, by the released code's, and with nothing reused.
 
 With --weights these are measured, and nothing is trained. Else all arms of a seed see the same crops (in the same
-damage, where they have the same suite) and test images. Trainings and tables lie in FOLDER; an interrupted command
-goes on where it was. What was found stands in data/README.md."""
+damage, where they have the same suite; in `windows` two see parts of larger ones) and test images. Trainings and
+tables lie in FOLDER; an interrupted command goes on where it was. What was found stands in data/README.md."""
 
 import argparse
 import sys
@@ -129,8 +129,9 @@ def loops(model, photos):
 
 
 # ------------------------------------------------------------------------------------------------------ windows
-def in_windows(model, photos, side=64):
-    """Yield (column, photo, guide, PSNR): photos in windows of side x side pixels, by what all windows read."""
+def in_windows(model, photos):
+    """Yield (column, photo, guide, PSNR): photos in windows, 64 x 64 or as in training, by what all windows read."""
+    side = getattr(model, "about", {}).get("window", 64)
     for column in COLUMNS["cdd11"]:
         for name, photo in photos.items():
             x, y = pair(photo, "cdd11", column)
@@ -142,6 +143,8 @@ def in_windows(model, photos, side=64):
             for guide, P in guides.items():
                 yield column, name, guide, psnr(windows(lambda part: model(part, P), x, side, overlap=0), y)
             yield column, name, "whole, no guide", psnr(model(x), y)
+            if model.fusion:
+                yield column, name, "whole, degraded overview", psnr(model(x, guides["degraded overview"]), y)
 
 
 # --------------------------------------------------------------------------------------------------------- cost
@@ -198,6 +201,8 @@ def run(question, folder, images=None, test=None, weights=(), seeds=3, num_steps
         for arm in tqdm(arms, desc=f"seed {seed}"):
             if weights:
                 model = SIPL.load(arm)
+                if question != "windows" and "window" in model.about:
+                    raise InputError(f"{arm} has the recipe 'overview', which has no loop: ask about windows")
                 if question == "who" and not model.fusion:
                     raise InputError(f"{arm} has no Proxy Fusion, so that nothing is in its loop: pass other weights")
             else:
@@ -206,6 +211,7 @@ def run(question, folder, images=None, test=None, weights=(), seeds=3, num_steps
                 options = dict(suite=suite, num_steps=num_steps, crop_size=64, lr=1e-3, warmup=100)
                 options |= dict(crop_size=192, window=64) if arm in WINDOWED else {}
                 fit(model, images, recipe=recipe, **options, **to)
+                model.cpu()  # where the test images are
             with accelerated(model), torch.no_grad():
                 for column, photo, name, value in measure(model, tests):
                     rows.add(arm=arm, seed=seed, column=column, photo=photo, name=name, psnr=value)

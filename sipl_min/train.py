@@ -145,7 +145,7 @@ SCHEDULES = {"nano": {}, "small": {}}
 SCHEDULES["paper"] = dict(num_steps=660_000, batch_size=32, crop_size=128, lr=2e-4, warmup=66_000, save_every=1000)
 
 
-def finetune_options(model: SIPL, start: str = "") -> dict[str, Any]:
+def finetune_options(model: SIPL, start: str = "", recipe: str | Callable | None = None) -> dict[str, Any]:
     """For a model with trained weights, as its file or `start` tells: a gentle schedule, its own recipe and suite."""
     about = getattr(model, "about", {})
     if not about.get("num_steps") and not start:
@@ -156,8 +156,8 @@ def finetune_options(model: SIPL, start: str = "") -> dict[str, Any]:
         options["suite"] = about["suite"]
     if about.get("recipe") in RECIPES and needs_fusion(about["recipe"]) == bool(model.fusion):
         options["recipe"] = about["recipe"]
-    if side := about.get("window"):  # of the recipe "overview"
-        options |= dict(window=side, crop_size=3 * side)
+    if "window" in about and recipe in (None, "overview"):
+        options |= dict(window=about["window"], crop_size=3 * about["window"])
     return options
 
 
@@ -199,18 +199,19 @@ def fit(
     Raises InputError for what cannot work, and for a checkpoint of another training; and FloatingPointError, which
     names the step, where loss or gradient is not finite, before that reaches a weight or a checkpoint."""
     folder = None if folder is None else Path(folder)
-    fresh = dict(run=finetune_options(model, options.get("start")), step=0, log=[])
+    fresh = dict(run=finetune_options(model, options.get("start"), recipe), step=0, log=[])
     state = (read_checkpoint(folder, model) if folder else None) or fresh
     before, first, log = state["run"], state["step"], state["log"]  # `before` stands for what is not given
     o = Options(**{name: before[name] for name in Options.__annotations__ if name in before} | options)
     recipe, label = find_recipe(recipe, before, model)
+    guided = recipe is overview
     data = find_data(data, o)
     run = describe(model, label, data, o)
     changes = compare(folder, state, run) if first else ""
     if o.shares:
         check_suite(o.suite, o.shares)
     size = o.crop_size if isinstance(data, Images) else getattr(data, "crop_size", None)
-    if label == "overview" and not o.window:
+    if guided and not 0 < o.window < (size or math.inf):
         raise InputError("recipe 'overview' needs --window, and a larger --crop-size: e.g. window=64, crop_size=192")
     if size and o.window > size:  # of other data, found out at the first batch
         raise InputError(f"window={o.window} is larger than the crops: pass a larger crop_size than {size}")
@@ -235,15 +236,16 @@ def fit(
     for name, part in parts.items() if first else ():
         part.load_state_dict(state.pop(name))
 
+    about = getattr(model, "about", {})
+    if about.get("recipe", label) != label:  # T and windows were of that
+        about = {name: v for name, v in about.items() if name not in ("steps", "window")}
+    new = dict(recipe=label, command=o.command, decibels=o.decibels, window=guided and o.window)
+    new |= dict(suite=o.suite) if isinstance(data, Images) else {}
+    new |= dict(images=len(data)) if isinstance(data, Images | Dataset) else {}
+    model.about = result.about = about | {name: v for name, v in new.items() if v}  # now: `validate` may ask for it
+
     def save(step):
-        about = dict(recipe=label, num_steps=o.trained + step, command=o.command, decibels=o.decibels)
-        about |= dict(window=o.window) if label == "overview" else {}
-        about |= dict(suite=o.suite) if isinstance(data, Images) else {}
-        about |= dict(images=len(data)) if isinstance(data, Images | Dataset) else {}
-        kept = getattr(model, "about", {})
-        if kept.get("recipe", label) != label:  # T was chosen for that
-            kept = {name: v for name, v in kept.items() if name != "steps"}
-        model.about = result.about = kept | {name: v for name, v in about.items() if v}
+        model.about = result.about = model.about | dict(num_steps=o.trained + step)
         if folder and rank == 0:
             save_checkpoint(folder, result, log, parts, run=run, step=step, about=model.about)
         return step, monotonic()
@@ -257,7 +259,7 @@ def fit(
             torch.manual_seed(seed := hash_seed(o.seed, step, 3))  # for data sets that draw random numbers
             x, y = next(source)
             torch.manual_seed(seed)  # for recipes and layers: a DataLoader that begins draws one, too
-            x, y = cut(x, y, o.window, label == "overview")
+            x, y = cut(x, y, o.window, guided)
             optimizer.param_groups[0]["lr"] = learning_rate(step, o)
             if recorded:
                 graph = graph or Graph(network, x, y, o.accumulate)
@@ -425,8 +427,8 @@ def cut(x, y, side, overview=False):
     if x.shape != y.shape:
         raise InputError(f"degraded images {tuple(x.shape)} and clean ones {tuple(y.shape)} must have the same shape")
     H, W = x.shape[-2:]
-    if side > min(H, W):
-        raise InputError(f"window={side} is larger than the crops, {H} x {W} pixels: pass a larger crop_size")
+    if side + overview > min(H, W):
+        raise InputError(f"window={side} is too large for the crops, {H} x {W} pixels: pass a larger crop_size")
     top, left = (int(torch.randint(n - side + 1, ())) if side else 0 for n in (H, W))
     part, y = (t[..., top : top + (side or H), left : left + (side or W)] for t in (x, y))
     return (torch.cat([part, F.interpolate(x, part.shape[-2:], mode="area")], 1) if overview else part), y

@@ -30,17 +30,14 @@ INCLUDED = ("nano", "nano-authors", "nano-backbone")  # trained weights in data/
 
 def default_steps(model: SIPL) -> int:
     """Refinement steps T that suit a model: what its file says, else 1 where it was made for a loop."""
-    looped = model.fusion and recipe_of(model) != "overview" or default_feedback(model) == "again"
-    return getattr(model, "about", {}).get("steps", 1 if looped else 0)
+    about = getattr(model, "about", {})
+    looped = model.fusion and "window" not in about or default_feedback(model) == "again"
+    return about.get("steps", 1 if looped else 0)
 
 
 def default_feedback(model: SIPL) -> str:
     """The kind of feedback that suits a model: "again" if it was trained with that, else "privilege"."""
-    return "again" if recipe_of(model) == "again" else "privilege"
-
-
-def recipe_of(model):
-    return getattr(model, "about", {}).get("recipe")
+    return "again" if getattr(model, "about", {}).get("recipe") == "again" else "privilege"
 
 
 def refiner(model: SIPL, photo: torch.Tensor, steps: int, feedback: str, return_all: bool = False) -> Callable:
@@ -48,11 +45,13 @@ def refiner(model: SIPL, photo: torch.Tensor, steps: int, feedback: str, return_
 
     For weights of the recipe "overview" the guided pass, P made of the photo shrunk to the size of their windows.
     Raises InputError if these are to refine: they were not trained for it."""
-    if recipe_of(model) != "overview":
+    side = getattr(model, "about", {}).get("window")
+    if not side:
         return partial(model.refine, steps=steps, feedback=feedback, return_all=return_all)
-    if steps:
-        raise InputError(f"steps={steps}: weights of the recipe 'overview' make one guided pass, pass 0 (--steps 0)")
-    overview = F.interpolate(photo, 2 * [model.about["window"]], mode="area").to(next(model.parameters()))
+    if steps or feedback != "privilege":
+        wrong = f"steps={steps}, feedback={feedback!r}"
+        raise InputError(f"{wrong}: weights of the recipe 'overview' make one guided pass, pass steps=0 (--steps 0)")
+    overview = F.interpolate(photo, (side, side), mode="area").to(next(model.parameters()))
 
     @torch.no_grad()
     def guided(x):

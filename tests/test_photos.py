@@ -334,8 +334,9 @@ def test_windows_are_guided_by_an_overview_of_the_photo(model):
     (_, y0) = evaluate.measure(model, [(case, photo, photo)], progress=False)
     with torch.no_grad():
         assert y0["estimate"] == "y0" and y0["psnr"] == pytest.approx(evaluate.psnr(model(photo, P), photo), abs=1e-3)
-    with pytest.raises(InputError, match="steps=1: weights of the recipe 'overview' make one guided pass, pass 0"):
-        model.restore(photo, 1)
+    for wrong in (dict(steps=1), dict(feedback="chain")):
+        with pytest.raises(InputError, match="weights of the recipe 'overview' make one guided pass, pass steps=0"):
+            model.restore(photo, **wrong)
 
 
 def test_windows_follow_from_free_memory(model, monkeypatch):

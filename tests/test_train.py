@@ -500,7 +500,7 @@ def test_learns_from_parts_of_crops_that_were_damaged_whole(tmp_path, monkeypatc
         assert torch.equal(y[..., place[0] : place[0] + 16, place[1] : place[1] + 16], b)
         places.add(place)
     assert {i for i, _ in places} == {*range(9)} and {j for _, j in places} == {*range(17)}
-    with pytest.raises(InputError, match="window=32 is larger than the crops, 24 x 32 pixels"):
+    with pytest.raises(InputError, match="window=32 is too large for the crops, 24 x 32 pixels"):
         train.cut(x, y, 32)
     with pytest.raises(InputError, match=r"degraded images \(2, 3, 24, 32\) and clean ones \(2, 3, 24, 24\) must"):
         train.cut(x, y[..., :24], 0)
@@ -516,11 +516,18 @@ def test_learns_from_parts_of_crops_that_were_damaged_whole(tmp_path, monkeypatc
         run(tmp_path, recipe="authors", window=0)
     log = run(tmp_path, recipe="authors")[1]  # goes on as it began
     assert log == run(recipe="authors", window=8)[1] != run(recipe="authors")[1]
-    with pytest.raises(InputError, match="recipe 'overview' needs --window, and a larger --crop-size: e.g. window=64"):
-        run(recipe="overview")
+    for side in (0, 16):  # 16 is the whole crop
+        with pytest.raises(InputError, match="recipe 'overview' needs --window, and a larger --crop-size"):
+            run(recipe="overview", window=side)
+    with pytest.raises(InputError, match="window=24 is too large for the crops, 24 x 32 pixels"):
+        train.cut(x, y, 24, overview=True)
     model = run(tmp_path / "o", recipe="overview", window=8)[0]
     assert SIPL.load(tmp_path / "o" / "model.safetensors").about["window"] == model.about["window"] == 8
     assert train.finetune_options(model).items() >= dict(recipe="overview", window=8, crop_size=24).items()
+    seen = []  # by a recipe of another kind, and by what validates it
+    options = dict(num_steps=1, batch_size=1, crop_size=16, progress=False)
+    train.fit(model, FLAT, recipe="privilege", validate=lambda m: seen.append(m.about) or {}, **options)
+    assert seen[0]["recipe"] == model.about["recipe"] == "privilege" and "window" not in seen[0] | model.about
 
 
 def test_a_training_goes_on_with_its_own_shares(tmp_path, monkeypatch):
