@@ -5,8 +5,8 @@ Backbone: PromptIR (Potlapalli et al., NeurIPS 2023), which is Restormer (Zamir 
 
 P, the privileged features, is what the encoder E makes of a better image than the input x. Read: a learned Privileged
 Dictionary D attends to P, which gives the proxy Read(D, P). Write: the decoder attends to the proxy; without P, to D.
-f(x; proxy) is the whole network. In training (train.py) the better image is the clean one, or made of it. At test time
-it is the network's own estimate: y_0 = f(x; D), y_t = f(x; Read(D, E(y_{t-1}))), t = 1..T. In shapes, d is dim."""
+f(x; proxy) is the whole network. In training the better image is the clean one or made of it (other recipes: train.py),
+at test time the network's own estimate: y_0 = f(x; D), y_t = f(x; Read(D, E(y_{t-1}))), t = 1..T. In shapes, d: dim."""
 
 import importlib
 from collections.abc import Iterator

@@ -40,7 +40,7 @@ from .sipl import SIPL, known
 
 
 def authors(model, x, y):
-    """The released code: P = E(f(y; D)), without gradient; estimate f(x; Read(D, P)).
+    """The released network, in training: P = E(f(y; D)), without gradient; estimate f(x; Read(D, P)).
 
     So P is of the network's own restoration of y, as at test time, P = E(f(x; D)), it will be of that of x.
     The first pass f(x; D) has no loss of its own."""
