@@ -400,6 +400,7 @@ def test_a_data_set_goes_on_at_the_right_batch(tmp_path):
     assert resumed.about["images"] == 5 and "suite" not in resumed.about
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_with_workers_it_trains_as_without():
     from sipl_min.data import Degraded
 
