@@ -415,6 +415,8 @@ def batches(data, first, o, device):
         for x, y, *_ in epoch:
             if not (isinstance(data, Images) or 0 <= y.min() <= y.max() <= 1):
                 raise InputError(f"clean images must have values in [0, 1], not {y.min():.3g} to {y.max():.3g}")
+            if not isinstance(data, Images) and x.abs().max() > 10:  # noise may leave [0, 1]; this is 0..255
+                raise InputError(f"degraded images must have values around [0, 1], not up to {x.abs().max():.3g}")
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         if x is None:
             raise InputError("there are no more batches: pass what can be gone through again, such as a DataLoader")

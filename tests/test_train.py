@@ -417,6 +417,8 @@ def test_any_iterable_of_batches():
         run(data=((y, y) for _ in range(3)))
     with pytest.raises(InputError, match=r"clean images must have values in \[0, 1\], not 0.* to 25"):
         run(data=DataLoader(TensorDataset(y, 255 * y), batch_size=4))
+    with pytest.raises(InputError, match=r"degraded images must have values around \[0, 1\], not up to 25"):
+        run(data=DataLoader(TensorDataset(255 * y, y), batch_size=4))
 
 
 def test_pairs_that_a_suite_would_not_use_are_refused():
