@@ -182,7 +182,7 @@ def train(options):
     else:
         model, chosen["start"] = SIPL.load(options.weights), options.weights
         if options.recipe and training.needs_fusion(options.recipe) > bool(model.fusion):  # begins as the backbone is
-            closed = options.recipe != "overview"  # which has no loss that would open the path
+            closed = options.recipe != "overview"  # whose path would stay closed, see data/README.md
             about, model = model.about, SIPL.from_backbone(model, identity_start=closed)
             model.about = {"num_steps": about.get("num_steps", 0)}
     images, o = None, vars(training.Options) | chosen

@@ -429,7 +429,7 @@ def cut(x, y, side, overview=False):
     if x.shape != y.shape:
         raise InputError(f"degraded images {tuple(x.shape)} and clean ones {tuple(y.shape)} must have the same shape")
     H, W = x.shape[-2:]
-    if side + overview > min(H, W):
+    if side > min(H, W) - overview:  # an overview shows more than its window
         raise InputError(f"window={side} is too large for the crops, {H} x {W} pixels: pass a larger crop_size")
     top, left = (int(torch.randint(n - side + 1, ())) if side else 0 for n in (H, W))
     part, y = (t[..., top : top + (side or H), left : left + (side or W)] for t in (x, y))

@@ -329,6 +329,7 @@ def test_windows_are_guided_by_an_overview_of_the_photo(model):
 
         expected = photos.mirrored(in_windows, photo).clamp(0, 1)
     guided = model.restore(photo, tile=80, overlap=24)
+    assert model.restore(photo[..., :5, :7]).shape == (1, 3, 5, 7), "smaller than the overview"
     assert torch.allclose(guided, expected, atol=1e-5) and not torch.allclose(guided, without, atol=1e-3)
     case = dict(source="", suite="", column="", photo="", draw=0)
     (_, y0) = evaluate.measure(model, [(case, photo, photo)], progress=False)
