@@ -127,6 +127,8 @@ def load(options):
     model = SIPL.load(options.weights, training.pick_device(options.device)).to(getattr(torch, options.dtype))
     options.steps = default_steps(model) if options.steps is None else options.steps
     options.feedback = getattr(options, "feedback", None) or default_feedback(model)
+    if options.steps < 0:
+        raise InputError(f"--steps {options.steps}: pass the number of refinements, 0 or more")
     if options.steps and not model.fusion and options.feedback != "again":
         raise InputError(f"--steps {options.steps}: {options.weights} has no Proxy Fusion, pass --steps 0")
     return accelerate(model)
@@ -161,6 +163,8 @@ def restore(options):
     restored, skipped, problems = photos.restore_folder(load(options), options.input, options.output, **chosen)
     there = f"; {skipped} were there already (--force restores them anew)" if skipped else ""
     print(f"restored {restored} of {restored + skipped + len(problems)} photos, in {options.output!r}{there}")
+    if Path(options.input).is_dir() and (others := photos.other_kinds(options.input)):
+        print(f"not photos by their endings, and left alone: {others}")
     for line in problems:
         print(f"error: {line}", file=sys.stderr)
     return 1 if problems else 0

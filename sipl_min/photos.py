@@ -5,6 +5,7 @@ import math
 import re
 import tempfile
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -35,11 +36,22 @@ def find(folder: Name, empty: bool = False) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no folder {str(folder)!r}: check the path")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PHOTOS and not p.is_dir())
-    files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    files = sorted(p for p in visible(folder) if p.suffix.lower() in PHOTOS)
     if not (files or empty):
         raise InputError(f"no photos in {str(folder)!r}: put files ending in {', '.join(WRITTEN)} there")
     return files
+
+
+def visible(folder):
+    """All files in a folder and its subfolders, without hidden ones."""
+    files = [p for p in Path(folder).rglob("*") if not p.is_dir()]
+    return [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+
+
+def other_kinds(folder):
+    """How many files of a folder end otherwise than photos do, as in "2 .ppm, 1 .txt"; empty for none."""
+    counts = Counter(p.suffix.lower() or p.name for p in visible(folder) if p.suffix.lower() not in PHOTOS)
+    return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
 
 
 # --------------------------------------------------------------------------------------------------------- reading

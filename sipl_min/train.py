@@ -125,6 +125,9 @@ class Options:
         self.shares = dict(self.shares)
         for values in (vars(self), self.shares):  # NumPy's numbers fit no checkpoint
             values |= {name: n.item() for name, n in values.items() if hasattr(n, "item")}
+        for name, kind in Options.__annotations__.items():
+            if kind is int and not isinstance(getattr(self, name), int):
+                raise InputError(f"{name}={getattr(self, name)!r} must be a whole number")
         for name in ("num_steps", "batch_size", "crop_size", "lr", "grad_clip", "accumulate", *SAVING):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)!r} must be a positive number")

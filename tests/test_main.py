@@ -33,10 +33,12 @@ def test_restore_a_file_and_a_folder(weights, photo, tmp_path, capsys):
     for name in ("a.png", "b.jpg"):
         iio.imwrite(tmp_path / "in" / name, photo)
     (tmp_path / "in" / "bad.png").write_bytes(b"no image")
+    (tmp_path / "in" / "c.ppm").write_bytes(b"P6 1 1 255 abc")
     command = ["restore", str(tmp_path / "in"), str(tmp_path / "out"), "--weights", weights]
     assert main(command) == 1
     captured = capsys.readouterr()
     assert "restored 2 of 3 photos" in captured.out and "bad.png" in captured.err
+    assert "left alone: 1 .ppm" in captured.out
     assert iio.imread(tmp_path / "out" / "a.png").shape == photo.shape
     assert main(command) == 1 and "restored 0 of 3 photos" in capsys.readouterr().out
     assert main(["restore", str(tmp_path / "in" / "a.png"), str(tmp_path / "one.png"), "--weights", weights]) == 0
@@ -159,6 +161,7 @@ def test_the_rest(tmp_path, capsys):
         (["train", "runs/x", "--weights", "nano", "--recipe", "backbone"], "fusion=False, or nano-backbone"),
         (["train", "runs/x", "--pairs", "a", "b", "--suite", "hard"], "which pairs bring along"),
         (["benchmark", "cdd11", "--draws", "0"], "--draws 0: each photo must be degraded"),
+        (["demo", "--steps", "-1"], "--steps -1: pass the number of refinements, 0 or more"),
         (["demo", "--output", "figure.xyz"], "end the name in .png, .pdf or .svg"),
         (["train", "runs/x", "--shares", "haze"], "--shares 'haze': write a column and a whole number"),
         (["train", "runs/x", "--shares", "haze=2", "fog=3"], "shares of 'fog': suite 'cdd11' has low, haze"),

@@ -454,6 +454,7 @@ def test_bad_folders_of_photos_are_named_before_anything_is_written(tmp_path):
         (dict(lr=float("nan")), "lr=nan must be a positive"),
         (dict(mild=1.1), "mild=1.1 must be from 0 to 1$"),
         (dict(seed=-1), "seed=-1 must be 0 or more"),
+        (dict(num_steps=1e4), "num_steps=10000.0 must be a whole number"),
         (dict(shares=dict(fog=3)), "shares of 'fog': suite 'three_task' has"),
         (dict(shares=dict(SOTS=-1)), "from 0 on, not SOTS=-1$"),
         (dict(shares=dict(SOTS=0.5)), "from 0 on, not SOTS=0.5$"),
