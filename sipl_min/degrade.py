@@ -256,6 +256,9 @@ def check_suite(suite, shares=()):
     """Raises InputError where there is no such suite, or shares are none of its columns', or no whole numbers."""
     if suite not in SUITES:
         raise InputError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
+    if suite not in COLUMNS or suite not in SHARES:
+        wanted = "in degrade.COLUMNS, column -> its steps, and in degrade.SHARES, column -> 1"
+        raise InputError(f"suite {suite!r} is in degrade.SUITES alone: enter it {wanted}")
     if strange := sorted({*shares} - {*COLUMNS[suite]}):
         raise InputError(f"shares of {', '.join(map(repr, strange))}: suite {suite!r} has {', '.join(COLUMNS[suite])}")
     shares = SHARES[suite] | dict(shares)

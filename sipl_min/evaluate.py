@@ -241,7 +241,8 @@ VALUES = ["psnr", "ssim", "step"]
 def measure(model, cases, steps=None, against=None, output=None, progress=True):
     """Measure "input", "y0", ..., "yT", and the first pass of a second model `against`, named "backbone".
 
-    cases: from a maker above, or a list like it. steps: T; None takes what suits the weights.
+    cases: from a maker above; or pairs of your own, (degraded, clean), float tensors (1, 3, H, W), also with a dict
+        before them that names the photo. steps: T; None takes what suits the weights.
     output: a CSV file, to which each row is added once it is measured; the same call skips what is there.
     Returns a dict for each case and estimate, with KEYS, psnr, ssim, and of constant images `step`: the largest
         distance of a value from its color's median, in levels of 255."""
@@ -251,7 +252,8 @@ def measure(model, cases, steps=None, against=None, output=None, progress=True):
     rows = Rows(output, KEYS, VALUES, steps=steps, weights=weights)
     names = ["input"] + ["backbone"] * len(others) + [f"y{t}" for t in range(steps + 1)]
     with accelerated(model, *others):
-        for about, x, y in tqdm(cases, unit="pair", disable=not progress):
+        for number, case in enumerate(tqdm(cases, unit="pair", disable=not progress)):
+            about, x, y = checked(case, number)
             about = about | dict(checksum=checksum(x, y))
             found = [rows.find(**about, estimate=name) for name in names]
             if None in found:
@@ -262,6 +264,20 @@ def measure(model, cases, steps=None, against=None, output=None, progress=True):
                 found = [rows.add(**about, estimate=n, **scores(e, y, about)) for n, e in zip(names, estimates)]
             measured += found
     return measured
+
+
+def checked(case, number):
+    """A case, or somebody's pair (x, y), as a case. Raises InputError where it cannot be measured."""
+    *about, x, y = case
+    about = dict(source="own", suite="own", column="all", photo=str(number), draw=0) | (about[0] if about else {})
+    tensors = [t[None] if isinstance(t, torch.Tensor) and t.ndim == 3 else t for t in (x, y)]
+    fit = all(isinstance(t, torch.Tensor) and t.is_floating_point() and t.shape[:2] == (1, 3) for t in tensors)
+    if not fit or tensors[0].shape != tensors[1].shape or min(tensors[0].shape[2:]) < 7:
+        wanted = "two float tensors (1, 3, H, W) of one size, 7 pixels a side or more, degraded and clean"
+        raise InputError(f"pair {about['photo']!r} must be {wanted}")
+    if not (0 <= tensors[1].min() <= tensors[1].max() <= 1 and tensors[0].abs().max() <= 10):
+        raise InputError(f"pair {about['photo']!r} must have values in [0, 1]: divide 0..255 by 255")
+    return about, *tensors
 
 
 def scores(estimate, clean, about):

@@ -145,12 +145,17 @@ def accelerate(model: SIPL, fast: bool = True) -> SIPL:
 
 @contextmanager
 def accelerated(*models):
-    """Inside, the models are fast; behind, each is as it was."""
+    """Inside, the models are fast and in evaluation mode; behind, each is as it was."""
     plain = [model for model in models if not any(type(module) in FAST.values() for module in model.modules())]
+    training = [module for model in models for module in model.modules() if module.training]
     for model in plain:
         accelerate(model)
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
         for model in plain:
             accelerate(model, False)
+        for module in training:
+            module.training = True

@@ -37,6 +37,7 @@ from .sipl import SIPL, known
 # --------------------------------------------------------------------------------------------------------- recipes
 # A recipe makes estimates of the clean image y from the degraded image x, both (B, 3, H, W): one estimate, or a list.
 # The loss is their mean L1 distance to y. f is the network, E its encoder, D the dictionary, P what is privileged.
+# Another loss p >= 0, a number, goes in as an estimate at that distance: [y + p, estimate] has the loss (p + L1) / 2.
 
 
 def authors(model, x, y):
@@ -126,8 +127,8 @@ class Options:
         for values in (vars(self), self.shares):  # NumPy's numbers fit no checkpoint
             values |= {name: n.item() for name, n in values.items() if hasattr(n, "item")}
         for name, kind in Options.__annotations__.items():
-            if kind is int and not isinstance(getattr(self, name), int):
-                raise InputError(f"{name}={getattr(self, name)!r} must be a whole number")
+            if kind in (int, float) and not isinstance(getattr(self, name), int | kind):
+                raise InputError(f"{name}={getattr(self, name)!r} must be a {'whole ' * (kind is int)}number")
         for name in ("num_steps", "batch_size", "crop_size", "lr", "grad_clip", "accumulate", *SAVING):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)!r} must be a positive number")
@@ -205,6 +206,8 @@ def fit(
     fresh = dict(run=finetune_options(model, options.get("start"), recipe), step=0, log=[])
     state = (read_checkpoint(folder, model) if folder else None) or fresh
     before, first, log = state["run"], state["step"], state["log"]  # `before` stands for what is not given
+    for name in options:
+        known("option", name, Options.__annotations__)
     o = Options(**{name: before[name] for name in Options.__annotations__ if name in before} | options)
     recipe, label = find_recipe(recipe, before, model)
     guided = recipe is overview
@@ -226,6 +229,9 @@ def fit(
             for left in folder.glob(f".[0-9]*.{name}"):  # by a process that was killed while it saved
                 left.unlink()
         print(changes, end="")
+    if rank == 0 and progress and not first and o.trained:
+        gentle = ", ".join(f"{name}={getattr(o, name)}" for name in ("lr", "warmup", "ema"))
+        print(f"fine-tuning weights with {o.trained} steps behind them: {gentle}")
 
     was_fast = any(type(module) in FAST.values() for module in model.modules())
     accelerate(model.to(device).train())  # channels last, also where gradients are recorded
@@ -236,8 +242,12 @@ def fit(
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(o.ema), use_buffers=True) if o.ema else None
     result = average.module if average else model
     parts = dict(model=model, optimizer=optimizer) | (dict(average=average) if average else {})
-    for name, part in parts.items() if first else ():
-        part.load_state_dict(state.pop(name))
+    try:
+        for name, part in parts.items() if first else ():
+            part.load_state_dict(state.pop(name))
+    except (ValueError, RuntimeError) as e:  # a wrapped network that has changed
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{str(folder / 'checkpoint.pt')!r} is of another model, pass another folder: {reason}") from e
 
     about = getattr(model, "about", {})
     if about.get("recipe", label) != label:  # T and windows were of that
@@ -309,7 +319,11 @@ class Step(nn.Module):
         # no cache: a weight cast inside no_grad would be remembered without its gradient
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
             estimates = self.recipe(self.model, x, y)
-        estimates = estimates[None] if isinstance(estimates, torch.Tensor) else torch.stack(estimates)
+        estimates = [estimates] if isinstance(estimates, torch.Tensor) else estimates
+        several = isinstance(estimates, list | tuple) and estimates
+        if not several or any(getattr(e, "shape", None) != y.shape for e in estimates):
+            raise InputError("a recipe must return an estimate of y, a tensor of its shape, or a list of them")
+        estimates = torch.stack(list(estimates))
         loss = F.l1_loss(estimates.float(), y.expand_as(estimates))
         if self.decibels:  # counted up to 50 dB
             loss = loss + self.decibels * 10 * ((estimates.float() - y).square().mean((2, 3, 4)) + 1e-5).log10().mean()
@@ -378,7 +392,8 @@ def find_recipe(recipe, before, model):
         usual = "authors" if model.fusion else "backbone"
         recipe = before.get("recipe") if before.get("recipe") in RECIPES else usual
     if needs_fusion(known("recipe", recipe, RECIPES)) < bool(model.fusion):
-        raise InputError(f"recipe {recipe!r} needs a model without Proxy Fusion: fusion=False, or nano-backbone")
+        way = "recipe=lambda model, x, y: model.net(x)" if hasattr(model, "net") else "fusion=False, or nano-backbone"
+        raise InputError(f"recipe {recipe!r} needs a model without Proxy Fusion: {way}")
     if needs_fusion(recipe) > bool(model.fusion):
         raise InputError(f"recipe {recipe!r} needs Proxy Fusion: add it with SIPL.from_backbone, or pass 'backbone'")
     return RECIPES[recipe], recipe
@@ -399,6 +414,8 @@ def find_data(data, o):
             raise InputError(f"there are pairs of {', '.join(strange)}, not in suite {o.suite!r}: pass one that has it")
     elif o.shares:
         raise InputError("shares are those of degradations: they go with clean images, not with pairs")
+    elif isinstance(data, Dataset) and not (hasattr(data, "__len__") and len(data)):
+        raise InputError(f"the data set {type(data).__name__} is empty or has no length: pass a DataLoader of it")
     return data
 
 
@@ -415,14 +432,25 @@ def batches(data, first, o, device):
         epochs = in_order(data, first, o, load) if isinstance(data, Dataset) else itertools.repeat(data)
     for epoch in epochs:
         x = None
-        for x, y, *_ in epoch:
-            if not (isinstance(data, Images) or 0 <= y.min() <= y.max() <= 1):
-                raise InputError(f"clean images must have values in [0, 1], not {y.min():.3g} to {y.max():.3g}")
-            if not isinstance(data, Images) and x.abs().max() > 10:  # noise may leave [0, 1]; this is 0..255
-                raise InputError(f"degraded images must have values around [0, 1], not up to {x.abs().max():.3g}")
+        for item in epoch:
+            x, y = item[:2] if isinstance(data, Images) else checked(item)
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         if x is None:
             raise InputError("there are no more batches: pass what can be gone through again, such as a DataLoader")
+
+
+def checked(item):
+    """A batch of data that is not ours: x, y in float32. Raises InputError where it is no batch of images."""
+    x, y = item[:2] if isinstance(item, list | tuple) and len(item) > 1 else (item, None)
+    if not all(isinstance(t, torch.Tensor) and t.ndim == 4 and t.shape[1] == 3 for t in (x, y)):
+        found = " and ".join(str(tuple(getattr(t, "shape", ())) or type(t).__name__) for t in (x, y))
+        raise InputError(f"a batch must be two tensors (B, 3, H, W), degraded and clean images, not {found}")
+    x, y = x.float(), y.float()
+    if not 0 <= y.min() <= y.max() <= 1:
+        raise InputError(f"clean images must have values in [0, 1], not {y.min():.6g} to {y.max():.6g}: scale or clamp")
+    if not x.abs().max() <= 10:  # noise may leave [0, 1]; this is 0..255, or not finite
+        raise InputError(f"degraded images must have values around [0, 1], not up to {x.abs().max():.3g}")
+    return x, y
 
 
 def cut(x, y, side, overview=False):
@@ -525,7 +553,7 @@ def compare(folder, state, run):
             changes.append(f"{name}={new!r} (before: {old!r})")
         else:
             if name == "images":
-                old, new = len(old), f"{len(new)} others"
+                old, new = (next((n for n in a if n not in b), "all others") for a, b in ((old, new), (new, old)))
             if name == "shares":
                 old, new = ({n: v for n, v in a.items() if b.get(n) != v} for a, b in ((old, new), (new, old)))
             advice = "repeat its arguments, or pass another folder"

@@ -291,7 +291,8 @@ def infer(tensors, name):
     shapes = {published_name(n, "nafnet" if naf else None): t.shape for n, t in tensors.items()}
     family = next((f for f, first in FAMILIES.items() if any(n.startswith(first) for n in shapes)), None)
     if family is None:
-        raise ValueError(f"of no known family (names begin {', '.join(sorted(shapes)[:3])})")
+        own = "weights of a network of your own are kept by model.save"
+        raise ValueError(f"of no known family (names begin {', '.join(sorted(tensors)[:3])}); {own}")
     fusion = "privileged_dictionary1" in shapes
     if fusion and "encoder.embed.weight" in tensors:
         text = "cannot be told from a state dict, and is taken as False: keep models with model.save"

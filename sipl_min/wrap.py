@@ -100,6 +100,8 @@ def run(net, x, names, see):
     for name in names:
         if (times := ran.count(name)) != 1:
             raise InputError(f"module {name!r} ran {times} times in one pass: name one that always runs once")
+    if not isinstance(y, torch.Tensor | None):
+        raise InputError(f"the network returns a {type(y).__name__}: wrap a module that returns the image alone")
     if y is not None and y.shape != x.shape:
         raise InputError(f"the network maps {tuple(x.shape)} to {tuple(y.shape)}: does it need another multiple=?")
     return y
@@ -118,7 +120,17 @@ def wrap(net: nn.Module, encoder: list[str], decoder: list[str], example: torch.
     Raises InputError for modules whose outputs are no features, which do not run just once, or in a wrong order."""
     if isinstance(encoder, str) or isinstance(decoder, str) or not 0 < len(encoder) == len(decoder):
         raise InputError(f"encoder={encoder!r} and decoder={decoder!r} must be lists of as many names, one or more")
-    shapes = dry_run(net, encoder, decoder, example)
+    for name in options:
+        known("option", name, Taps.__annotations__)
+    if not options.get("fusion", True):
+        way = "train it by recipe=lambda model, x, y: model.net(x)"
+        raise InputError(f"without Proxy Fusion a wrapped network is the network itself: {way}")
+    if not isinstance(example, torch.Tensor) or example.ndim != 4:
+        raise InputError("example must be an image of the network, a tensor (B, 3, H, W)")
+    try:
+        shapes = dry_run(net, encoder, decoder, example)
+    except RuntimeError as e:
+        raise InputError(f"the network fails on the example, {tuple(example.shape)}: {str(e).splitlines()[0]}") from e
     sizes = [shapes[name][-2:] for name in encoder]
     if len({*sizes}) == len(sizes) and {*sizes} == {shapes[name][-2:] for name in decoder}:
         decoder = sorted(decoder, key=lambda name: sizes.index(shapes[name][-2:]))

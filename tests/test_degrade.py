@@ -199,3 +199,12 @@ def test_unknown_names_are_errors():
     ):
         with pytest.raises(InputError, match=message):
             degrade.degrade(clean(1), generator(0), suite, ["fog"])
+
+
+def test_a_suite_from_outside_needs_columns_and_shares(monkeypatch):
+    monkeypatch.setitem(SUITES, "mine", SUITES["three_task"])
+    with pytest.raises(InputError, match="suite 'mine' is in degrade.SUITES alone: enter it in degrade.COLUMNS"):
+        degrade.check_suite("mine")
+    monkeypatch.setitem(COLUMNS, "mine", COLUMNS["three_task"])
+    monkeypatch.setitem(SHARES, "mine", SHARES["three_task"])
+    degrade.check_suite("mine")

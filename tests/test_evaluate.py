@@ -104,6 +104,23 @@ def test_a_model_is_measured_in_its_own_precision():
     assert half != exact and half == pytest.approx(exact, abs=0.5)
 
 
+def test_own_pairs_are_measured_and_bad_ones_named():
+    model, x, y = tiny(), rand(1, 3, 16, 16), rand(1, 3, 16, 16, seed=1)
+    rows = measure(model, [(x, y), (dict(photo="mine"), x[0], y[0])], 0, progress=False)
+    assert [row["photo"] for row in rows] == ["0", "0", "mine", "mine"] and len({row["psnr"] for row in rows}) == 2
+    two = torch.cat([x, x])
+    for own, message in (
+        ((x * 255, y * 255), "pair '0' must have values in .0, 1.: divide 0..255 by 255"),
+        (((x * 255).byte(), (y * 255).byte()), "pair '0' must be two float tensors"),
+        ((two, two), "pair '0' must be two float tensors"),
+        ((x, y[..., :8]), "of one size"),
+        ((x.numpy(), y.numpy()), "two float tensors"),
+        ((x[..., :5], y[..., :5]), "7 pixels a side or more"),
+    ):
+        with pytest.raises(InputError, match=message):
+            measure(model, [own], 0, progress=False)
+
+
 def test_a_second_model_shows_what_refinement_gains():
     model, backbone = tiny(), tiny(fusion=False)
     rows = quick(model, embedded("three_task", photos=PHOTOS), 1, backbone)

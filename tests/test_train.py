@@ -421,6 +421,52 @@ def test_any_iterable_of_batches():
         run(data=DataLoader(TensorDataset(255 * y, y), batch_size=4))
 
 
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        (dict(lq=rand(3, 16, 16), gt=rand(3, 16, 16)), "a batch must be two tensors .*, not dict and NoneType"),
+        ((rand(16, 16, 3), rand(16, 16, 3)), r"not \(1, 16, 16, 3\) and \(1, 16, 16, 3\)"),
+        (
+            (rand(3, 16, 16), 1.001 * rand(3, 16, 16).clamp(0.999)),
+            r"values in \[0, 1\], not 0.99.* to 1.000.*: scale or clamp",
+        ),
+        ((rand(3, 16, 16) * torch.nan, rand(3, 16, 16)), "degraded images must have values around .*, not up to nan"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_named(item, message):
+    with pytest.raises(InputError, match=message):
+        run(data=DataLoader([item]))
+
+
+def test_data_of_any_float_type_but_not_without_a_length():
+    y = rand(4, 3, 16, 16).double()
+    assert len(run(data=TensorDataset(y.half(), y), num_steps=2)[1]) == 2
+    with pytest.raises(InputError, match="the data set TensorDataset is empty or has no length: pass a DataLoader"):
+        run(data=TensorDataset(y[:0], y[:0]))
+
+
+def test_a_recipe_may_hold_another_loss_and_returns_estimates():
+    model, x, y = tiny(fusion=False).train(), rand(1, 3, 16, 16), rand(1, 3, 16, 16, seed=1)
+
+    def mine(model, x, y):
+        e = model(x)
+        return [y + (e.mean() - y.mean()).square(), e]
+
+    loss, _ = train.Step(model, mine, autocast=False)(x, y)
+    e = model(x)
+    assert torch.allclose(loss, ((e.mean() - y.mean()).square() + F.l1_loss(e, y)) / 2)
+    for result in ({}, None, [], e.mean(), (e, e.mean()), model.estimates(x)):
+        with pytest.raises(InputError, match="a recipe must return an estimate of y, a tensor of its shape, or a list"):
+            train.Step(model, lambda *_: result, autocast=False)(x, y)
+
+
+def test_fine_tuning_is_told(capsys):
+    model, _ = run(num_steps=1)
+    capsys.readouterr()
+    run(num_steps=1, model=model, lr=1e-3, progress=True)
+    assert "fine-tuning weights with 1 steps behind them: lr=0.001, warmup=2, ema=0.99" in capsys.readouterr().out
+
+
 def test_pairs_that_a_suite_would_not_use_are_refused():
     images = Images(FLAT)
     images.pairs = {"fog": []}
@@ -450,6 +496,9 @@ def test_bad_folders_of_photos_are_named_before_anything_is_written(tmp_path):
         (dict(recipe="again"), "recipe 'again' needs a model without Proxy Fusion"),
         (dict(recipe="unroll", model=tiny(fusion=False)), "recipe 'unroll' needs Proxy Fusion: .* or pass 'backbone'"),
         (dict(num_steps=0), "num_steps=0 must be a positive"),
+        (dict(learning_rate=1e-3), "unknown option 'learning_rate'"),
+        (dict(num_step=5), "unknown option 'num_step': did you mean 'num_steps'"),
+        (dict(lr="1e-3"), "lr='1e-3' must be a number"),
         (dict(save_every=0), "save_every=0 must be a positive"),
         (dict(lr=float("nan")), "lr=nan must be a positive"),
         (dict(mild=1.1), "mild=1.1 must be from 0 to 1$"),
@@ -483,7 +532,7 @@ def test_a_checkpoint_of_another_training_is_refused_and_the_advice_works(tmp_pa
         (dict(suite="five_task"), r"\(suite='three_task', now 'five_task'\)"),
         (dict(shares=dict(SOTS=3)), r"\(shares={'SOTS': 1}, now {'SOTS': 3}\)"),
         (dict(model=tiny(dictionary_size=(5, 4, 2))), r"\(dictionary_size=\[6, 4, 2\], now \[5, 4, 2\]\)"),
-        (dict(data=brighter), r"\(images=3, now '3 others'\)"),
+        (dict(data=brighter), r"\(images='\(3, 40, 40\), crc \d+', now '\(3, 40, 40\), crc \d+'\)"),
         (dict(num_steps=7), r"has 8 steps behind it: pass num_steps=8 \(--steps 8\) or more"),
     ):
         with pytest.raises(InputError, match=message) as e:

@@ -11,6 +11,7 @@ import torch.utils.checkpoint
 from conftest import TINY, rand, tiny
 
 from sipl_min import SIPL, InputError
+from sipl_min.evaluate import measure
 from sipl_min.fast import accelerate
 
 NAMES = dict(encoder=["enc2", "enc3"], decoder=["dec2", "enc3"])
@@ -92,6 +93,17 @@ def test_features_pairs_and_sizes():
     for x in (rand(2, 3, 1, 1), rand(2, 3, 19, 30)):
         assert model(x).shape == model.refine(x, 1, "chain").shape == x.shape
     assert model.pad(x).shape[-1] % 12 == model.pad(x, 16).shape[-1] % 48 == 0
+
+
+def test_measuring_and_restoring_leave_running_statistics_alone():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1))
+    model = wrapped(net, encoder=["0"], decoder=["1"]).train()
+    net[2].eval()  # say, it is frozen
+    before = net[1].running_mean.clone()
+    restored = model.restore(rand(3, 16, 16))
+    measure(model, [(rand(1, 3, 16, 16), rand(1, 3, 16, 16))], 1, progress=False)
+    assert torch.equal(net[1].running_mean, before) and net[1].training and not net[2].training
+    assert torch.equal(model.eval().restore(rand(3, 16, 16)), restored)
 
 
 def test_gradients_reach_everything_that_runs():
@@ -176,6 +188,14 @@ def test_threads_do_not_disturb_each_other():
     assert not failed
 
 
+class Pair(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1))
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -187,7 +207,11 @@ def test_threads_do_not_disturb_each_other():
         (dict(encoder="enc1", decoder="dec1"), InputError, "must be lists of as many names"),
         (dict(encoder=[], decoder=[]), InputError, "must be lists of as many names, one or more"),
         (dict(read_heads=(3, 3)), InputError, "16 channels need heads that divide them"),
-        (dict(dictonary_size=(3, 3)), TypeError, "dictonary_size"),
+        (dict(dictonary_size=(3, 3)), ValueError, "unknown option 'dictonary_size': did you mean 'dictionary_size'"),
+        (dict(fusion=False), InputError, r"train it by recipe=lambda model, x, y: model.net\(x\)"),
+        (dict(example=(1, 3, 32, 32)), InputError, r"example must be .* a tensor \(B, 3, H, W\)"),
+        (dict(example=rand(1, 4, 16, 16)), InputError, r"fails on the example, \(1, 4, 16, 16\): .*channels"),
+        (dict(net=Pair(), encoder=["0"], decoder=["1"]), InputError, "the network returns a tuple"),
         (dict(net=nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), encoder=["0"], decoder=["1"]), InputError, "maps"),
     ],
 )
