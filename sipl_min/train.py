@@ -231,7 +231,7 @@ def fit(
         print(changes, end="")
     if rank == 0 and progress and not first and o.trained:
         gentle = ", ".join(f"{name}={getattr(o, name)}" for name in ("lr", "warmup", "ema"))
-        print(f"fine-tuning weights with {o.trained} steps behind them: {gentle}")
+        print(f"fine-tuning weights with {o.trained} steps behind them: recipe={label}, {gentle}")
 
     was_fast = any(type(module) in FAST.values() for module in model.modules())
     accelerate(model.to(device).train())  # channels last, also where gradients are recorded
