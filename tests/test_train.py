@@ -464,7 +464,8 @@ def test_fine_tuning_is_told(capsys):
     model, _ = run(num_steps=1)
     capsys.readouterr()
     run(num_steps=1, model=model, lr=1e-3, progress=True)
-    assert "fine-tuning weights with 1 steps behind them: recipe=authors, lr=0.001, warmup=2, ema=0.99" in capsys.readouterr().out
+    told = "fine-tuning weights with 1 steps behind them: recipe=authors, lr=0.001, warmup=2, ema=0.99"
+    assert told in capsys.readouterr().out
 
 
 def test_pairs_that_a_suite_would_not_use_are_refused():
