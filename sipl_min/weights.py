@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from .backbones import BiasFreeNorm
 from .files import InputError, Name, asset, atomic_write
-from .sipl import SIPL, LayerNorm2d, Settings
+from .sipl import BACKBONES, SIPL, LayerNorm2d, Settings
 from .wrap import Taps, Wrapped
 
 INCLUDED = ("nano", "nano-authors", "nano-backbone")  # trained weights in data/
@@ -196,6 +196,8 @@ def build(settings, tensors, net):
             raise ValueError("it holds a network wrapped by SIPL.wrap")
         if "encoder" in settings:
             return Wrapped(net, Taps(**settings))
+        if (name := settings.get("backbone", "promptir")) not in BACKBONES:
+            raise ValueError(f"its backbone {name!r} is not known here: enter it into sipl.BACKBONES first")
         s = Settings(**settings)
         if sum(s.blocks) + s.refinement + s.middle + sum(s.decoder_blocks) > len(tensors):
             raise ValueError("its settings ask for more blocks than it has tensors")

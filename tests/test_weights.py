@@ -316,7 +316,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         (dict(prompt_size=(10**6, 10**6, 10**6)), "size mismatch"),
         (dict(depth=3), "unexpected keyword argument 'depth'"),
         (dict(heads=("a", 1, 1, 1)), "pass whole weights"),
-        (dict(backbone="mamba"), "unknown backbone 'mamba'"),
+        (dict(backbone="mamba"), "its backbone .mamba. is not known here: enter it into sipl.BACKBONES"),
         (dict(fusion=False), "Unexpected .*fusion"),
     ],
 )
