@@ -53,10 +53,12 @@ def motorcycle_distance():
     return torch.where(known, 1 - disparity / disparity[known].max(), torch.nan)[None]
 
 
+@functools.lru_cache(maxsize=2)  # they take two seconds
 def dead_leaves(count, size=128, seed=0, leaves=300):
     """Images of occluding textured shapes, front to back, uint8 (count, 3, size, size).
 
-    Radii r with p(r) ~ r^-3 make them alike at every scale (Lee, Mumford & Huang 2001; Achddou et al. 2021)."""
+    Radii r with p(r) ~ r^-3 make them alike at every scale (Lee, Mumford & Huang 2001; Achddou et al. 2021). Kept for
+    the next call: copy them before you change them."""
     g = generator(seed)
     image, uncovered = np.zeros((count, 3, size, size), np.float32), np.ones((count, size, size), np.float32)
     down, right = np.indices((size, size), np.float32) / np.float32(size)
