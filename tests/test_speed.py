@@ -142,13 +142,14 @@ def test_by_command(tmp_path, capsys, monkeypatch, small):
 def test_ctrl_c_ends_in_one_word(tmp_path):
     """Ctrl-C reaches all processes of a terminal: also the one that measures, which must leave no traceback behind."""
     command = [sys.executable, "-u", "-m", "sipl_min.speed", "--sizes", "512", "--device", "cpu"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        run.stdout.readline()  # the run; then the measuring begins
-        time.sleep(1)
-        os.killpg(run.pid, signal.SIGINT)
-        _, said = run.communicate(timeout=60)  # once nothing of it runs on
-        assert (run.returncode, said) == (130, "stopped\n")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, start_new_session=True, **pipes) as run:
+        try:
+            run.stdout.readline()  # the run; then the measuring begins
+            time.sleep(1)
+            os.killpg(run.pid, signal.SIGINT)
+            _, said = run.communicate(timeout=300)  # once nothing of it runs on
+            assert (run.returncode, said) == (130, "stopped\n")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
