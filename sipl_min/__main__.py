@@ -126,6 +126,8 @@ def load(options):
     """The model of --weights on --device in --dtype, fast, and --steps."""
     model = SIPL.load(options.weights, training.pick_device(options.device)).to(getattr(torch, options.dtype))
     options.steps = default_steps(model) if options.steps is None else options.steps
+    if getattr(options, "feedback", None) and not options.steps:
+        raise InputError(f"--feedback {options.feedback}: nothing is fed back with --steps 0, pass --steps 1 or more")
     options.feedback = getattr(options, "feedback", None) or default_feedback(model)
     if options.steps < 0:
         raise InputError(f"--steps {options.steps}: pass the number of refinements, 0 or more")
@@ -196,7 +198,7 @@ def train(options):
     if options.pairs:
         images = Pairs(*options.pairs, crop_size=o["crop_size"], skip_bad=options.skip_bad)
     elif options.data:
-        found = datasets.training(options.data, o["suite"], skip_bad=options.skip_bad)
+        found = datasets.training(options.data, o["suite"])
         images = Images(**found, cache=2**33, skip_bad=options.skip_bad)
     elif options.images:
         images = Images(options.images, skip_bad=options.skip_bad)
@@ -219,10 +221,14 @@ def share(text):
 def benchmark(options):
     from . import evaluate
 
-    if options.draws < 1:
-        raise InputError(f"--draws {options.draws}: each photo must be degraded at least once")
+    if options.draws < 1 or options.seed < 0:
+        raise InputError(f"--draws {options.draws} --seed {options.seed}: they must be at least 1 and 0")
+    if (options.data or options.suite == "keep") and (options.draws, options.seed) != (1, 0):
+        raise InputError("--draws and --seed are of suites on embedded photos: leave them out")
+    if options.data and options.suite == "keep":
+        raise InputError("--data: the suite keep has photos of its own, leave it out")
     model = load(options)
-    against = SIPL.load(options.against, options.device) if options.against else None
+    against = SIPL.load(options.against).to(next(model.parameters())) if options.against else None
     if options.suite == "keep":
         cases = evaluate.keep()
     elif options.data:

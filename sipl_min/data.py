@@ -182,9 +182,10 @@ class Images:
         photos; or a list of H x W x 3 arrays or of paths. leaves, seed: how many dead leaves, and which.
     cache: bytes of decoded photos kept in memory. skip_bad: leave out what cannot be used; `left_out` says why.
     pairs: for columns whose degradation is on disk and not made here, column -> list of (degraded, clean) paths.
+    unpaired: sentences on files that found no partner, see `by_name`; they count as what cannot be used.
     Raises InputError, which names all that cannot be used; and where the folder holds pairs."""
 
-    def __init__(self, source=None, leaves=48, seed=0, cache=2**31, pairs=None, skip_bad=False):
+    def __init__(self, source=None, leaves=48, seed=0, cache=2**31, pairs=None, skip_bad=False, unpaired=()):
         self.cache, self.kept, self.depths = cache, {}, {}
         self.given = {c: [tuple(map(Path, p)) for p in some] for c, some in (pairs or {}).items() if some}
         if source is None:
@@ -194,7 +195,7 @@ class Images:
             source = clean_photos(source)
         files = [Path(image) for image in source if isinstance(image, Name)]
         arrays = [np.asarray(image) for image in source if not isinstance(image, Name)]
-        good, self.left_out = check([(path,) for path in files] + sum(self.given.values(), []), skip_bad)
+        good, self.left_out = check([(path,) for path in files] + sum(self.given.values(), []), skip_bad, unpaired)
         good = {*good}
         files = [path for path in files if (path,) in good]
         self.pairs = {column: [pair for pair in some if pair in good] for column, some in self.given.items()}

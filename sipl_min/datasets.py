@@ -1,6 +1,5 @@
 """The public data sets on disk: found in the layouts that people have, counted, paired, a sample of them read."""
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from .data import below, by_name, check, halves
 from .degrade import CDD11, COLUMNS, check_suite
 from .files import InputError
-from .photos import PHOTOS
+from .photos import PHOTOS, walk
 
 
 @dataclass(frozen=True)
@@ -139,10 +138,9 @@ def find(root):
     root, found, strange = Path(root), {what: Found(what) for what in SETS}, []
     if not root.is_dir():
         raise InputError(f"no folder {str(root)!r}: put the data sets below one, and name it with --data")
-    for place, folders, files in os.walk(root):
-        folder = Path(place)
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
-        images = [folder / f for f in sorted(files) if Path(f).suffix.lower() in PHOTOS and not f.startswith(".")]
+    for folder, folders, files in walk(root):
+        folders[:] = [f for f in folders if not f.startswith("__MACOSX")]
+        images = [folder / f for f in files if Path(f).suffix.lower() in PHOTOS]
         parts = (root.resolve().name, *folder.relative_to(root).parts)
         role, pairs = role_of(parts), {}
         inputs, target = columns_of(folders)
@@ -178,14 +176,14 @@ def columns_of(folders):
     return {"": inputs} if inputs else {}, target
 
 
-def training(root, suite, skip_bad=False):
-    """What lies below `root` to train a suite on, as arguments of `data.Images`: source (clean images) and pairs.
+def training(root, suite):
+    """What lies below `root` to train a suite on, as arguments of `data.Images`: source, pairs and unpaired.
 
     Columns without pairs (noise always) degrade clean images: BSD400 and WED, or else the targets of all pairs. Raises
     InputError where there is nothing, and where a set that the suite needs is there but cannot be used."""
     check_suite(suite)
     found = [f for f in find(root) if f.what.role == "train"]
-    pairs = {}
+    pairs, unpaired = {}, []
     for f in found:
         columns = [column for column in COLUMNS[suite] if column in f.what.columns]
         empty = [column for column in columns or ["images"] * f.what.clean if not f.of(column)]
@@ -193,13 +191,13 @@ def training(root, suite, skip_bad=False):
             way = f"arrange it as {f.what.layout()} below {str(root)!r}, or move it away"
             raise InputError(f"{f.what.name} in {str(f.folders[0])!r} has nothing to train {empty[0]} on: {way}")
         pairs |= {column: f.of(column) for column in columns}
-        check([], skip_bad, f.unpaired if columns else [])
+        unpaired += f.unpaired if columns else []
     clean = [y for f in found if f.what.clean for _, y in f.of("")]
     for several in ([*pairs.values()], [some for f in found for some in f.pairs.values()]):
         clean = clean or sorted({y for some in several for _, y in some})
     if not clean:
         raise InputError(f"no training set of {suite} below {str(root)!r}: python -m sipl_min data says what fits")
-    return dict(source=clean, pairs=pairs)
+    return dict(source=clean, pairs=pairs, unpaired=unpaired)
 
 
 def problems(item, sample=20):

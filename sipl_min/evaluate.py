@@ -129,14 +129,14 @@ def real(suite, root):
 
 def published_pair(x, y, column, stream):
     """Files -> degraded and clean, cut to multiples of 16. Without a file x, noise is added and truncated to uint8."""
-    clean = center(load(y).permute(1, 2, 0)).permute(2, 0, 1)[None]
+    degraded, clean = load(x or y), load(y)
+    if degraded.shape != clean.shape:
+        raise InputError(f"{str(x)!r} and {str(y)!r} differ in size: check the copy with python -m sipl_min data")
+    degraded, clean = (center(t.permute(1, 2, 0)).permute(2, 0, 1)[None] for t in (degraded, clean))
     if x is None:
         pixels = (array(clean) * 255).round()
         pixels = pixels + int(column.split("_")[1]) * stream.standard_normal(pixels.shape)
         return to_tensor(pixels.clip(0, 255).astype(np.uint8)), clean
-    degraded = center(load(x).permute(1, 2, 0)).permute(2, 0, 1)[None]
-    if degraded.shape != clean.shape:
-        raise InputError(f"{str(x)!r} and {str(y)!r} differ in size: check the copy with python -m sipl_min data")
     return degraded, clean
 
 
@@ -160,7 +160,7 @@ def keep(photos=None, size=256):
     if photos is None:
         photos = held_out() | {Path(name).stem: read(installed(name)) for name in GOOD}
     dark = {Path(name).stem: read(installed(name)) for name in DARK}
-    flat = {name: np.full((size // 2, size // 2, 3), color, np.uint8) for name, color in FLAT.items()}
+    flat = {name: np.full((max(size // 2, 16), max(size // 2, 16), 3), color, np.uint8) for name, color in FLAT.items()}
     groups = dict.fromkeys(KEEP, photos) | dict(dark=dark, flat=flat)
     cases = [(column, *item) for column, group in groups.items() for item in group.items()]
 

@@ -1,9 +1,12 @@
 """From a photo, on disk or in memory, to the restored photo: reading, writing, windows for large ones, folders."""
 
+import contextlib
 import itertools
 import math
+import os
 import re
 import tempfile
+import threading
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -44,8 +47,17 @@ def find(folder: Name, empty: bool = False) -> list[Path]:
 
 def visible(folder):
     """All files in a folder and its subfolders, without hidden ones."""
-    files = [p for p in Path(folder).rglob("*") if not p.is_dir()]
-    return [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    return [place / name for place, _, names in walk(folder) for name in names]
+
+
+def walk(folder):
+    """As `os.walk`, in order, without what is hidden, and through links to folders: each folder once."""
+    seen = {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = {os.path.realpath(os.path.join(place, f)): f for f in folders if not f.startswith(".")}
+        folders[:] = sorted(f for path, f in real.items() if path not in seen)
+        seen |= {*real}
+        yield Path(place), folders, sorted(name for name in names if not name.startswith("."))
 
 
 def other_kinds(folder):
@@ -56,7 +68,7 @@ def other_kinds(folder):
 
 # --------------------------------------------------------------------------------------------------------- reading
 def read(path: Name, max_pixels: float = MAX_PIXELS) -> np.ndarray:
-    """Read a photo: H x W [x C], uint8, uint16 or float, upright, palettes resolved, with all its bits.
+    """Read a photo: H x W [x C], uint8, uint16 or float (a TIFF's other types too), upright, with all its bits.
 
     Raises InputError where the file is missing, damaged, no photo, an animation, has more than `max_pixels`, or more
     bits than are read: color of 16 bits is read from TIFF only."""
@@ -68,9 +80,8 @@ def load(path, max_pixels):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no file {str(path)!r}: check the path")
-    pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the only limit is `max_pixels`
     try:
-        with warnings.catch_warnings(), open(path, "rb") as f:
+        with ALONE, without_limit(), warnings.catch_warnings(), open(path, "rb") as f:
             warnings.simplefilter("ignore")  # odd metadata is no damage; damaged pixels raise
             if package := PACKAGES.get(path.suffix.lower()):
                 raise InputError(f"reading this kind takes the package {package}, convert it to PNG or TIFF first")
@@ -79,8 +90,19 @@ def load(path, max_pixels):
     except Exception as e:  # decoders raise anything from OSError to struct.error
         reason = str(e).split("\n")[0] or type(e).__name__
         raise InputError(f"cannot read {str(path)!r} as a photo: {reason}") from e
+
+
+ALONE = threading.RLock()  # Pillow's limit and Python's warnings belong to all threads
+
+
+@contextlib.contextmanager
+def without_limit():
+    """Without Pillow's limit of pixels: `max_pixels` is the only one."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
     finally:
-        Image.MAX_IMAGE_PIXELS = pillow_limit
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def check_size(pixels, pages, max_pixels):
@@ -102,13 +124,13 @@ def load_pillow(path, max_pixels):
         content = path.read_bytes() if image.format in ("AVIF", "JPEG2000") else b""
         deep = re.search(DEEP, content, re.DOTALL) or re.search(";16[BLN]", str(image.tile))  # e.g. RGB;16B in PNG
         if deep and not image.mode.startswith("I;16"):
-            raise InputError("more than 8 bits a channel are read from gray only, convert it to 16-bit TIFF first")
+            raise InputError("more than 8 bits a channel are read from gray only, convert it to a plain 16-bit TIFF")
         image.load()
         try:
             upright = ImageOps.exif_transpose(image)
-        except SyntaxError:  # what is marked as EXIF is none
+        except (SyntaxError, ValueError, TypeError):  # what is marked as EXIF is none
             upright = image
-            del image.info["exif"]
+            image.info.pop("exif", None)
         info = upright.info
         kept = {name: info[name] for name, kind in KEPT.items() if isinstance(info.get(name), kind)}
         if kept.get("icc_profile", b"")[16:20] == b"CMYK":  # the pixels become RGB
@@ -116,7 +138,8 @@ def load_pillow(path, max_pixels):
         if image.format == "PNG":
             kept["pnginfo"] = PngImagePlugin.PngInfo()
             for key, text in image.text.items():
-                kept["pnginfo"].add_text(key, info.get(key, text))  # `info` knows that the pixels are upright
+                changed = info.get(key)  # `info` knows that the pixels are upright
+                kept["pnginfo"].add_text(key, changed if isinstance(changed, str) else text)
         if image.format in ("JPEG", "MPO"):
             kept |= dict(qtables=image.quantization, subsampling=max(JpegImagePlugin.get_sampling(image), 0))
         if image.format == "WEBP" and re.search(rb"VP8[L ]", path.read_bytes())[0] == b"VP8L":
@@ -130,7 +153,7 @@ def load_pillow(path, max_pixels):
 def load_tiff(path, max_pixels):
     """tifffile reads plain gray and RGB of any depth; other compressions and kinds of color are Pillow's."""
     with tifffile.TiffFile(path) as f:
-        page = f.pages[0]
+        page = next((p for p in f.pages if not p.subfiletype & 0b101), f.pages[0])
         pages = sum(not p.subfiletype & 0b101 for p in f.pages)  # without thumbnails and masks
         check_size(page.imagewidth * page.imagelength, pages, max_pixels)
         if 8 < page.bitspersample < 16:
@@ -138,9 +161,15 @@ def load_tiff(path, max_pixels):
         deflated = page.compression in (1, 8, 32946)  # or not compressed
         if not deflated or page.photometric > 2 or page.planarconfig > 1 or page.bitspersample < 8:
             return load_pillow(path, max_pixels)
-        image = ~page.asarray() if page.photometric == 0 else page.asarray()  # 0: gray where 0 is white
+        if page.extrasamples[:1] == (1,):
+            raise InputError("its colors are multiplied by alpha, save it with unassociated alpha first")
+        image = page.asarray()
+        if page.photometric == 0:  # gray where 0 is white
+            color, alpha = split_alpha(image)
+            top = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
+            image = np.concatenate([top - color, alpha], axis=2).reshape(image.shape)
         kept = dict(icc_profile=page.iccprofile) if page.iccprofile else {}
-        if 282 in page.tags:
+        if page.tags.valueof(296, default=2) > 1:  # 1: no unit, so no resolution
             kept["dpi"] = page.get_resolution("inch")
         orientation = page.tags.valueof(274, default=1)
     image = image[:, ::-1] if orientation in (2, 4, 5, 7) else image
@@ -162,7 +191,8 @@ def write(path: Name, image: np.ndarray, like: Name | None = None) -> None:
         if ending in TIFF:
             layout = dict(photometric="rgb" if image.shape[2:] > (2,) else "minisblack")
             layout["planarconfig"] = "contig" if image.ndim == 3 else None
-            carried = dict(iccprofile=kept.get("icc_profile"), resolution=kept.get("dpi"), resolutionunit="inch")
+            carried = dict(resolution=kept["dpi"], resolutionunit="inch") if "dpi" in kept else {}
+            carried |= dict(iccprofile=kept.get("icc_profile"))
             iio.imwrite(temporary, image, plugin="tifffile", metadata=None, **layout, **carried)
         else:
             iio.imwrite(temporary, image, plugin="pillow", **options)
@@ -347,7 +377,7 @@ def restore_folder(model, source, target, steps=None, *, force=False, max_pixels
                 tqdm.write(f"{path}: restored as {place.name}")
         except Exception as e:  # one bad photo never stops the others
             text = str(e).split("\n")[0] or type(e).__name__
-            if "memory" in text.lower():
+            if "memory" in text.lower() and not isinstance(e, InputError):
                 text += ": pass a smaller tile (--tile)"
             problems.append(text if repr(str(path)) in text else f"{str(path)!r}: {text}")
     if problems and not source.is_dir():
@@ -369,14 +399,16 @@ def plan(source, target):
     files, root = (find(source), source) if source.is_dir() else ([source], source.parent)
     if source.resolve() in target.resolve().parents:  # what was restored earlier is not restored again
         files = [p for p in files if target.resolve() not in p.resolve().parents]
-    jobs = {}
+    if not files:
+        raise InputError(f"no photos in {str(source)!r} but those in {str(target)!r}: check the paths")
+    jobs, originals = {}, {path.resolve() for path in files}
     for path in files:
         name = str(path.relative_to(root))
         place = target / (name if path.suffix.lower() in WRITTEN else f"{name}.png")
         if not source.is_dir() and not target.is_dir() and target.suffix:  # the name of a file
             place = target
-        if place.resolve() == path.resolve():
-            raise InputError(f"{str(place)!r} is the original itself: name another place for what is restored")
+        if place.resolve() in originals:
+            raise InputError(f"{str(place)!r} is an original itself: name another place for what is restored")
         if place in jobs:
             raise InputError(f"{str(path)!r} and {str(jobs[place])!r} would be one file, {str(place)!r}: rename one")
         jobs[place] = path

@@ -147,7 +147,7 @@ def test_what_is_there_and_cannot_be_used_is_never_missing_and_stops_training(tm
         datasets.training(tmp_path, suite)
     assert str(tmp_path) in str(e.value)
     (tmp_path / Path(names[0]).parts[0]).rename(tmp_path.with_name(f"{tmp_path.name} away"))  # as advised
-    assert datasets.training(tmp_path, suite) == dict(source=[tmp_path / "WED" / "1.png"], pairs={})
+    assert datasets.training(tmp_path, suite) == dict(source=[tmp_path / "WED" / "1.png"], pairs={}, unpaired=[])
 
 
 def test_what_a_set_has_beside_its_images_tells_nothing_of_its_other_half(tmp_path):
@@ -209,15 +209,17 @@ def test_training_takes_pairs_where_there_are_and_makes_the_rest(tmp_path):
     make(tmp_path, *names)
     made = datasets.training(tmp_path, "five_task")
     low, high, rain, clean = (tmp_path / name for name in names)
-    assert made == dict(source=sorted([high, clean]), pairs={"Rain100L": [(rain, clean)], "LOLv1": [(low, high)]})
+    pairs = {"Rain100L": [(rain, clean)], "LOLv1": [(low, high)]}
+    assert made == dict(source=sorted([high, clean]), pairs=pairs, unpaired=[])
     _, _, columns = data.batch(data.Images(**made), 0, suite="five_task", crop_size=16, batch_size=40)
     assert {*columns} == {*COLUMNS["five_task"]}
-    assert datasets.training(tmp_path, "everyday") == dict(source=made["source"], pairs={}), "targets are clean images"
+    assert datasets.training(tmp_path, "everyday") == made | dict(pairs={}), "targets are clean images"
 
     write(tmp_path / "our485" / "low" / "9.png", photo(5))
     with pytest.raises(InputError, match="1 photos or pairs cannot be used: .*9.png' has no targets .*--skip-bad"):
-        datasets.training(tmp_path, "five_task")
-    assert datasets.training(tmp_path, "five_task", skip_bad=True) == made
+        data.Images(**datasets.training(tmp_path, "five_task"))
+    (left,) = data.Images(**datasets.training(tmp_path, "five_task"), skip_bad=True).left_out
+    assert "9.png' has no targets" in left, "what is left out is told"
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no training set of cdd11 below"):
         datasets.training(tmp_path / "empty", "cdd11")

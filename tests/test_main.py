@@ -72,7 +72,7 @@ def test_a_training_that_goes_on_has_the_crops_and_the_suite_that_it_had(photo, 
         sizes.append(crop_size)
         return Pairs(x, y, crop_size, skip_bad=skip_bad)
 
-    def found(root, suite, skip_bad):
+    def found(root, suite):
         suites.append(suite)
         raise InputError("enough")
 
@@ -160,7 +160,10 @@ def test_the_rest(tmp_path, capsys):
         (["train", "runs/x", "--weights", "nano", "--preset", "small"], "--preset and --backbone are of new weights"),
         (["train", "runs/x", "--weights", "nano", "--recipe", "backbone"], "fusion=False, or nano-backbone"),
         (["train", "runs/x", "--pairs", "a", "b", "--suite", "hard"], "which pairs bring along"),
-        (["benchmark", "cdd11", "--draws", "0"], "--draws 0: each photo must be degraded"),
+        (["benchmark", "cdd11", "--draws", "0"], "--draws 0 --seed 0: they must be at least 1 and 0"),
+        (["benchmark", "keep", "--seed", "1"], "--draws and --seed are of suites on embedded photos"),
+        (["benchmark", "keep", "--data", "x"], "--data: the suite keep has photos of its own"),
+        (["restore", "data", "o", "--feedback", "again"], "nothing is fed back with --steps 0, pass --steps 1 or more"),
         (["demo", "--steps", "-1"], "--steps -1: pass the number of refinements, 0 or more"),
         (["demo", "--output", "figure.xyz"], "end the name in .png, .pdf or .svg"),
         (["train", "runs/x", "--shares", "haze"], "--shares 'haze': write a column and a whole number"),

@@ -81,7 +81,7 @@ def test_bits_that_would_be_lost_are_refused(tmp_path):
         f.pages[0].tags[256].overwrite(30)
         f.pages[0].tags[258].overwrite((16, 16, 16))
     for name in ("a.jp2", "a.avif", "a.png", "lzw.tif"):
-        refused("more than 8 bits .* convert it to 16-bit TIFF", read, tmp_path / name)
+        refused("more than 8 bits .* convert it to a plain 16-bit TIFF", read, tmp_path / name)
     Image.fromarray(noise(20, 30, dtype=np.uint16)).save(tmp_path / "gray.jp2")
     assert np.array_equal(read(tmp_path / "gray.jp2"), noise(20, 30, dtype=np.uint16))
 
@@ -113,6 +113,15 @@ def test_kinds_of_tiff(tmp_path):
         assert np.array_equal(read(tmp_path / "a.tif"), deep), options
     tifffile.imwrite(tmp_path / "white.tif", ~deep[..., 0], photometric="miniswhite")
     assert np.array_equal(read(tmp_path / "white.tif"), deep[..., 0])
+    both, of = noise(6, 9, 2), dict(photometric="miniswhite", extrasamples=[2])
+    tifffile.imwrite(tmp_path / "white.tif", both, **of, planarconfig="contig")
+    assert np.array_equal(read(tmp_path / "white.tif"), np.stack([255 - both[..., 0], both[..., 1]], 2)), "alpha stays"
+    tifffile.imwrite(tmp_path / "times.tif", noise(6, 9, 4), photometric="rgb", extrasamples=[1])
+    refused("colors are multiplied by alpha", read, tmp_path / "times.tif")
+    write(tmp_path / "plain.tif", deep)
+    write(tmp_path / "copy.jpg", noise(6, 9, 3), like=tmp_path / "plain.tif")
+    with Image.open(tmp_path / "copy.jpg") as copy:
+        assert "dpi" not in copy.info, "no resolution is invented"
     tifffile.imwrite(tmp_path / "planes.tif", noise(3, 18, 19), photometric="rgb", planarconfig="separate")
     assert np.array_equal(read(tmp_path / "planes.tif"), noise(3, 18, 19).transpose(1, 2, 0))
 
@@ -156,8 +165,9 @@ def test_bad_files_get_one_sentence_and_bad_metadata_costs_no_photo(tmp_path, ph
         write(tmp_path / f"c.{ending}", read(tmp_path / "a.jpg"), like=tmp_path / "a.jpg")
         assert read(tmp_path / f"c.{ending}").shape == photo.shape
     text = PngImagePlugin.PngInfo()
-    for key in ("dpi", "icc_profile", "comment"):
+    for key in ("dpi", "icc_profile", "comment", "gamma", "Raw profile type exif"):
         text.add_text(key, "not what Pillow means by it")
+    text.add(b"gAMA", struct.pack(">I", 45455))
     Image.fromarray(photo).save(tmp_path / "d.png", pnginfo=text)
     write(tmp_path / f"e.{ending}", photo, like=tmp_path / "d.png")
 
@@ -187,6 +197,10 @@ def test_animations_and_pages_are_refused(tmp_path):
         f.write(noise(20, 30, 3), photometric="rgb", metadata=None)
         f.write(noise(5, 8, 3), photometric="rgb", metadata=None, subfiletype=1)
     assert np.array_equal(read(tmp_path / "thumbnail.tif"), noise(20, 30, 3))
+    with tifffile.TiffWriter(tmp_path / "before.tif") as f:
+        f.write(noise(5, 8, 3), photometric="rgb", metadata=None, subfiletype=1)
+        f.write(noise(20, 30, 3), photometric="rgb", metadata=None)
+    assert np.array_equal(read(tmp_path / "before.tif"), noise(20, 30, 3))
 
 
 # ------------------------------------------------------------------------------------- what else is in a file stays
@@ -419,11 +433,20 @@ def test_nothing_is_overwritten_or_restored_twice(tmp_path, photo):
         assert restore_folder(model, tmp_path, tmp_path / "out", **run) == (1, 0, [])
     assert names(tmp_path) == ["a.png", "out/a.png"]
     for source, target in (("", ""), ("a.png", ""), ("a.png", "a.png")):
-        refused("is the original itself", restore_folder, model, tmp_path / source, tmp_path / target, **run)
+        refused("is an original itself", restore_folder, model, tmp_path / source, tmp_path / target, **run)
     assert (tmp_path / "a.png").read_bytes() == before
     Image.fromarray(photo).save(tmp_path / "b.gif")
     write(tmp_path / "b.gif.png", photo)
     refused("would be one file", restore_folder, model, tmp_path, tmp_path / "out", **run)
+    for name in ("c/x.png", "c/c/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, photo)
+    refused("c/x.png' is an original itself", restore_folder, model, tmp_path / "c", tmp_path, **run)
+    (tmp_path / "c" / "x.png").unlink()
+    refused("no photos in '.*c' but those in '.*c'", restore_folder, model, tmp_path / "c", tmp_path / "c" / "c", **run)
+    (tmp_path / "linked").symlink_to(tmp_path / "c", target_is_directory=True)
+    (tmp_path / "c" / "again").symlink_to(tmp_path / "c", target_is_directory=True)
+    assert [p.name for p in find(tmp_path / "linked")] == ["x.png"], "through links, each folder once"
 
 
 def test_a_single_photo(tmp_path, photo):
