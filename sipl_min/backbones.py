@@ -43,7 +43,7 @@ class Frequency(nn.Module):
 
     def box(self, u):
         """Low frequencies of each image, in the order of `fft2`: True inside of a box around zero, (B, 1, H, W).
-        It is empty below 128 pixels a side."""
+        It is empty below 256 pixels a side."""
         rate = self.rate(u.mean((-2, -1), keepdim=True)).sigmoid()  # (B, 2, 1, 1)
         rows, columns = (torch.fft.ifftshift(torch.arange(n, device=u.device) - n // 2) for n in u.shape[-2:])
         # AdaIR calls the size of the box learned, but it is cut to whole numbers, so `rate` gets no gradient

@@ -274,6 +274,8 @@ def degrade(x, g, suite, columns, depth=None):
     x: clean (B, 3, H, W) in [0, 1]; g: generator on its device; columns: B names, e.g. ["low_haze", "rain"]; depth: as
     in `haze`. Returns (B, 3, H, W). Raises InputError for an unknown suite or column."""
     check_suite(suite)
+    if len(columns) != len(x):
+        raise InputError(f"{len(columns)} columns for {len(x)} images: name one for each")
     if unknown := [name for name in columns if name not in COLUMNS[suite]]:
         raise InputError(f"unknown column {unknown[0]!r} in {suite}: choose one of {', '.join(COLUMNS[suite])}")
     x = x.clone()

@@ -11,6 +11,7 @@ rounding) stay. In training autograd keeps every intermediate anyway, and the pl
 """
 
 import math
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -136,26 +137,30 @@ def accelerate(model: SIPL, fast: bool = True) -> SIPL:
     """Make a model fast, in place (`fast=False`: plain again), and return it. In a wrapped one: its Proxy Fusion."""
     swap = FAST if fast else {new: old for old, new in FAST.items()}
     theirs = set(model.net.modules()) if hasattr(model, "net") else set()
-    for module in model.modules():
+    for module in set(model.modules()) - theirs:
         module.__class__ = swap.get(type(module), type(module))
-        if isinstance(module, nn.Conv2d) and module not in theirs:  # a convolution puts out the layout of its weights
+        if isinstance(module, nn.Conv2d):  # a convolution puts out the layout of its weights
             module.to(memory_format=torch.channels_last if fast else torch.contiguous_format)
     return model
+
+
+LOCK = threading.RLock()  # threads may share a model, whose modules change their class: they take turns
 
 
 @contextmanager
 def accelerated(*models):
     """Inside, the models are fast and in evaluation mode; behind, each is as it was."""
-    plain = [model for model in models if not any(type(module) in FAST.values() for module in model.modules())]
-    training = [module for model in models for module in model.modules() if module.training]
-    for model in plain:
-        accelerate(model)
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
+    with LOCK:
+        plain = [model for model in models if not any(type(module) in FAST.values() for module in model.modules())]
+        training = [module for model in models for module in model.modules() if module.training]
         for model in plain:
-            accelerate(model, False)
+            accelerate(model)
         for module in training:
-            module.training = True
+            module.training = False
+        try:
+            yield
+        finally:
+            for model in plain:
+                accelerate(model, False)
+            for module in training:
+                module.training = True

@@ -13,6 +13,7 @@ tables lie in FOLDER; an interrupted command goes on where it was. What was foun
 import argparse
 import copy
 import sys
+import zlib
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -77,7 +78,8 @@ def share_between_images(model, images):
     with torch.no_grad():
         proxies = [model.proxies(model.privileged(model(x))) for x in images]
     scales = [torch.cat(scale) for scale in zip(*proxies)]
-    return [float(p.var(0).sum() / (p - p.mean((0, 2, 3), keepdim=True)).square().mean(0).sum()) for p in scales]
+    total = [(p - p.mean((0, 2, 3), keepdim=True)).square().mean(0).sum() for p in scales]
+    return [float(p.var(0, correction=0).sum() / t) for p, t in zip(scales, total)]
 
 
 UNLIKE = {  # stronger than in training: column -> further degradation of the clean image x
@@ -118,7 +120,7 @@ def operations(model, T=0, feedback="privilege", size=64):
 def wider(dim, T=1):
     """The backbone that costs as much as SIPL of width `dim` with T refinements: its own width."""
     target = operations(SIPL("nano", dim=dim), T)[T]
-    widths = range(dim, 4 * dim, 4)  # prompts need a multiple of four
+    widths = range(dim, 4 * dim, 4)  # in steps of four, so to within a fifth
     return min(widths, key=lambda d: abs(operations(SIPL("nano", dim=d, fusion=False))[0] / target - 1))
 
 
@@ -187,7 +189,7 @@ def build(arm, dim, seed=0):
 
 
 def run(question, folder, images=None, test=None, weights=(), seeds=3, num_steps=5000, dim=8, size=192, photos=16):
-    """Train each arm with each seed, measure, and return all rows; what lies in `folder` is not done again.
+    """Train each arm with each seed, measure, and return all rows; what lies in `folder` is not trained again.
 
     weights: names or files to measure instead."""
     if min(seeds, photos, size) < 1:
@@ -196,9 +198,12 @@ def run(question, folder, images=None, test=None, weights=(), seeds=3, num_steps
     paths = find(test)[:photos] if test else []
     tests = {p.relative_to(test).as_posix(): read(p) for p in paths} or dict([*held_out().items()][:photos])
     tests = {name: center(photo, size) for name, photo in tests.items()}
-    about = dict(num_steps=num_steps, dim=dim, size=size, photos=len(tests))
+    about = dict(size=size, photos=len(tests), test=zlib.crc32(b"".join(photo.tobytes() for photo in tests.values())))
     if weights:
-        arms, seeds, about = weights, 1, dict(size=size, photos=len(tests))
+        about["weights"] = [zlib.crc32(Path(name).read_bytes()) for name in weights if Path(name).is_file()]
+        arms, seeds = weights, 1
+    else:
+        about = dict(num_steps=num_steps, dim=dim) | about
     rows = Rows(folder / f"{question}.csv", ["arm", "seed", "column", "photo", "name"], ["psnr"], **about)
     images = None if weights else Images(images)
     for seed in range(seeds):

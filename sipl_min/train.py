@@ -87,8 +87,7 @@ def overview(model, x, y):
     return model(x, model.privileged(o))
 
 
-RECIPES = {"authors": authors, "backbone": backbone, "privilege": privilege, "unroll": unroll, "again": again}
-RECIPES |= {"overview": overview}
+RECIPES = {recipe.__name__: recipe for recipe in (authors, backbone, privilege, unroll, again, overview)}
 RECIPE_SETTINGS = {name: {} for name in RECIPES}  # the settings that a recipe needs, or was made for
 RECIPE_SETTINGS |= {"unroll": dict(identity_start=True)} | dict.fromkeys(("backbone", "again"), dict(fusion=False))
 
@@ -155,7 +154,8 @@ def finetune_options(model: SIPL, start: str = "", recipe: str | Callable | None
     if not about.get("num_steps") and not start:
         return {}
     options = dict(trained=about.get("num_steps", 0), batch_size=4, crop_size=128, lr=2e-6, warmup=100, ema=0.99)
-    options["decibels"] = about.get("decibels", 0.0)
+    if not callable(recipe):  # such a one may hold a loss of its own
+        options["decibels"] = about.get("decibels", 0.0)
     if about.get("suite") in COLUMNS:
         options["suite"] = about["suite"]
     if about.get("recipe") in RECIPES and needs_fusion(about["recipe"]) == bool(model.fusion):
@@ -211,10 +211,10 @@ def fit(
     o = Options(**{name: before[name] for name in Options.__annotations__ if name in before} | options)
     recipe, label = find_recipe(recipe, before, model)
     guided = recipe is overview
-    data = find_data(data, o)
+    data = find_data(data, o, options)
     run = describe(model, label, data, o)
     changes = compare(folder, state, run) if first else ""
-    if o.shares:
+    if isinstance(data, Images):
         check_suite(o.suite, o.shares)
     size = o.crop_size if isinstance(data, Images) else getattr(data, "crop_size", None)
     if guided and not 0 < o.window < (size or math.inf):
@@ -243,6 +243,8 @@ def fit(
     result = average.module if average else model
     parts = dict(model=model, optimizer=optimizer) | (dict(average=average) if average else {})
     try:
+        if first:  # raises where names or shapes differ, before the model is touched
+            copy.deepcopy(model).to("meta").load_state_dict({n: t.to("meta") for n, t in state["model"].items()})
         for name, part in parts.items() if first else ():
             part.load_state_dict(state.pop(name))
     except (ValueError, RuntimeError) as e:  # a wrapped network that has changed
@@ -267,7 +269,8 @@ def fit(
     recorded = device.type == "cuda" and world == 1 and isinstance(data, Images) and label in RECIPES  # of one shape
     source = batches(data, first, o, device)
     bar = tqdm(range(first, o.num_steps), initial=first, total=o.num_steps, disable=not progress or rank, unit="step")
-    with patient() as asked:
+    with patient() as asked, contextlib.ExitStack() as behind:
+        behind.callback(accelerate, model, was_fast)
         for step in bar:
             torch.manual_seed(seed := hash_seed(o.seed, step, 3))  # for data sets that draw random numbers
             x, y = next(source)
@@ -303,7 +306,7 @@ def fit(
                 raise KeyboardInterrupt(f"stopped after step {step}" + ", saved" * (folder is not None))
     save(o.num_steps)
     model.load_state_dict(result.state_dict())
-    accelerate(model.eval(), was_fast)
+    model.eval()
     return log
 
 
@@ -335,7 +338,10 @@ def backward(network, x, y, accumulate):
     """Gradients of a batch, of which each process works on its share, in parts. Returns loss and PSNR."""
     rank, world = ranks()
     totals = torch.zeros(2, device=x.device)
-    for a, b in zip(x[rank::world].chunk(accumulate), y[rank::world].chunk(accumulate)):
+    if len(x) < world:
+        raise InputError(f"a batch of {len(x)} gives no image to some of {world} processes: pass a larger batch_size")
+    parts = min(accumulate, len(x) // world)  # as many in each process: they wait for each other
+    for a, b in zip(x[rank::world].tensor_split(parts), y[rank::world].tensor_split(parts)):
         loss, psnr = network(a, b)
         share = len(a) / len(x)
         (world * share * loss).backward()  # DistributedDataParallel takes the mean over processes
@@ -403,7 +409,7 @@ def needs_fusion(recipe):
     return RECIPE_SETTINGS[recipe].get("fusion", True)
 
 
-def find_data(data, o):
+def find_data(data, o, given):
     """`Images` of what stands for images; anything else as it is."""
     if data is None or isinstance(data, Name | list | tuple):
         data = Images(data, seed=o.seed)
@@ -412,7 +418,7 @@ def find_data(data, o):
         o.shares = SHARES[o.suite] | o.shares  # so that a checkpoint has them, and goes on with them
         if strange := sorted({*data.pairs} - {*COLUMNS[o.suite]}):
             raise InputError(f"there are pairs of {', '.join(strange)}, not in suite {o.suite!r}: pass one that has it")
-    elif o.shares:
+    elif "shares" in given:
         raise InputError("shares are those of degradations: they go with clean images, not with pairs")
     elif isinstance(data, Dataset) and not (hasattr(data, "__len__") and len(data)):
         raise InputError(f"the data set {type(data).__name__} is empty or has no length: pass a DataLoader of it")

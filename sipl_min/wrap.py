@@ -120,6 +120,8 @@ def wrap(net: nn.Module, encoder: list[str], decoder: list[str], example: torch.
     Raises InputError for modules whose outputs are no features, which do not run just once, or in a wrong order."""
     if isinstance(encoder, str) or isinstance(decoder, str) or not 0 < len(encoder) == len(decoder):
         raise InputError(f"encoder={encoder!r} and decoder={decoder!r} must be lists of as many names, one or more")
+    if len({*encoder}) < len(encoder) or len({*decoder}) < len(decoder):
+        raise InputError(f"encoder={encoder!r} and decoder={decoder!r} must name each module once")
     for name in options:
         known("option", name, Taps.__annotations__)
     if not options.get("fusion", True):

@@ -1,6 +1,8 @@
 """fast.py computes what the plain module computes: numbers, gradients, half precision; with less memory."""
 
 import copy
+import sys
+import threading
 
 import pytest
 import torch
@@ -117,3 +119,25 @@ def test_the_attention_matrix_never_exists(model):
     with torch.no_grad(), Largest() as seen:
         write(query, context)
     assert seen.elements <= 64 * 64 * 32 * 32 // 10
+
+
+def test_threads_may_restore_with_one_plain_model(model):
+    photo, failed, before = rand(3, 24, 32), [], sys.getswitchinterval()
+    right = model.restore(photo, 1)
+
+    def work():
+        try:
+            failed.extend(1 for _ in range(12) if not torch.equal(model.restore(photo, 1), right))
+        except Exception as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed

@@ -158,7 +158,7 @@ def test_every_parameter_learns(backbone):
     model = tiny(backbone=backbone)
     grads = gradients(model, rand(1, 3, 16, 16), rand(1, 3, 16, 16, seed=1))
     silent = [n for n, _ in model.named_parameters() if n not in grads or not grads[n].abs().sum() > 0]
-    # AdaIR cuts its rates to whole numbers; below 128 pixels a side its box of low frequencies is empty
+    # AdaIR cuts its rates to whole numbers; below 256 pixels a side its box of low frequencies is empty
     assert all(re.search(r"frequency.*\.(rate|low|channel_gate)\.", n) for n in silent), silent
 
 

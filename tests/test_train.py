@@ -307,9 +307,25 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path):
     with pytest.raises(FloatingPointError, match="the gradient is not finite at step 0"):
         run(tmp_path, model=model, recipe=broken)
     assert flat(model).isfinite().all() and not (tmp_path / "checkpoint.pt").exists()
+    assert {type(module) for module in model.modules()} == {type(module) for module in tiny().modules()}, "plain again"
 
 
 # ------------------------------------------------------------------------------- parts, averages, several processes
+def test_processes_work_on_as_many_parts_each(monkeypatch):
+    parts, x = [], rand(3, 3, 16, 16)
+
+    def network(a, b):
+        parts.append(len(a))
+        return (a - b).abs().mean().requires_grad_(), torch.tensor(0.0)
+
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "ranks", lambda rank=rank: (rank, 2))
+        train.backward(network, x, x, 2)
+    assert parts == [2, 1], "they wait for each other after each part"
+    with pytest.raises(InputError, match="a batch of 1 gives no image to some of 2 processes"):
+        train.backward(network, x[:1], x[:1], 1)
+
+
 def test_a_batch_in_parts_is_the_same_batch():
     whole, log = run(None, 4, batch_size=5)
     parts, again = run(None, 4, batch_size=5, accumulate=2)  # of 3 and of 2

@@ -170,6 +170,11 @@ def test_a_network_that_changes_its_ways_after_the_dry_run_is_caught():
         model(x)
 
 
+def test_our_own_blocks_inside_a_network_stay_its_own():
+    model = SIPL.wrap(tiny(fusion=False), ["encoder.levels.1"], ["decoder.levels.1.0.attention"], rand(1, 3, 16, 16))
+    assert model.restore(rand(3, 16, 16), 1).shape == (3, 16, 16)
+
+
 def test_threads_do_not_disturb_each_other():
     model, x, failed = wrapped(), rand(1, 3, 16, 24), []
 
@@ -205,6 +210,7 @@ class Pair(nn.Sequential):
         (dict(encoder=["dec1", "dec2"], decoder=["enc1", "enc2"]), InputError, "'enc1' runs before .* 'dec1'"),
         (dict(encoder=["enc1"]), InputError, "must be lists of as many names"),
         (dict(encoder="enc1", decoder="dec1"), InputError, "must be lists of as many names"),
+        (dict(encoder=["enc2", "enc2"]), InputError, "must name each module once"),
         (dict(encoder=[], decoder=[]), InputError, "must be lists of as many names, one or more"),
         (dict(read_heads=(3, 3)), InputError, "16 channels need heads that divide them"),
         (dict(dictonary_size=(3, 3)), ValueError, "unknown option 'dictonary_size': did you mean 'dictionary_size'"),
