@@ -117,10 +117,12 @@ def operations(model, T=0, feedback="privilege", size=64):
         return [counter.get_total_flops() / size**2 for _ in estimates]
 
 
-def wider(dim, T=1):
-    """The backbone that costs as much as SIPL of width `dim` with T refinements: its own width."""
-    target = operations(SIPL("nano", dim=dim), T)[T]
-    widths = range(dim, 4 * dim, 4)  # in steps of four, so to within a fifth
+def wider(dim, suite=""):
+    """Width of the backbone that costs in one pass what SIPL of width `dim` does at T = 1; or, with a suite as of
+    `combinations`, what two passes of the backbone do."""
+    fusion = not suite
+    target = operations(SIPL("nano", dim=dim, fusion=fusion), 1, "privilege" if fusion else "again")[1]
+    widths = range(dim, 4 * dim, 2)  # even ones
     return min(widths, key=lambda d: abs(operations(SIPL("nano", dim=d, fusion=False))[0] / target - 1))
 
 
@@ -183,7 +185,7 @@ def build(arm, dim, seed=0):
     """The untrained model of an arm, its recipe, and the suite that it is trained on."""
     torch.manual_seed(seed)
     suite, _, arm = arm.rpartition(": ")
-    dim = wider(dim) if arm == "equal compute" else dim
+    dim = wider(dim, suite) if arm == "equal compute" else dim
     recipe = "backbone" if arm in ("equal compute", "windowed") else arm
     return SIPL("nano", dim=dim, **RECIPE_SETTINGS[recipe]), recipe, suite or "cdd11"
 

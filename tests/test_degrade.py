@@ -199,6 +199,8 @@ def test_unknown_names_are_errors():
     ):
         with pytest.raises(InputError, match=message):
             degrade.degrade(clean(1), generator(0), suite, ["fog"])
+    with pytest.raises(InputError, match="1 columns for 2 images"):
+        degrade.degrade(clean(2), generator(0), "cdd11", ["haze"])
 
 
 def test_a_suite_from_outside_needs_columns_and_shares(monkeypatch):

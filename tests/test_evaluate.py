@@ -287,6 +287,10 @@ def test_keep_is_hardly_damaged_and_shows_who_leaves_it_alone():
     assert "100 dB stands for equal images." in markdown(rows, "keep")
 
 
+def test_keep_makes_no_image_that_is_too_small():
+    assert all(min(y.shape[-2:]) >= 16 for _, _, y in keep(photos={}, size=24))
+
+
 def test_keep_finds_a_step_at_the_border_of_a_flat_image():
     model = leave_alone()
 

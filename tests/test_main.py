@@ -133,6 +133,17 @@ def test_benchmark_writes_rows_and_tables(weights, tmp_path, capsys):
     assert main(command) == 0 and capsys.readouterr().out == first and output.read_bytes() == before
 
 
+def test_the_second_model_of_a_benchmark_is_as_the_first(weights, capsys, monkeypatch):
+    def measure(model, cases, steps, against, output):
+        both.extend(next(m.parameters()).dtype for m in (model, against))
+        raise InputError("enough")
+
+    both = []
+    monkeypatch.setattr(evaluate, "measure", measure)
+    assert main(["benchmark", "keep", "--weights", weights, "--against", weights, "--dtype", "bfloat16"]) == 2
+    assert both == [torch.bfloat16] * 2
+
+
 def test_the_rest(tmp_path, capsys):
     assert main(["data", str(tmp_path)]) == 0 and "missing  CBSD68" in capsys.readouterr().out
     with pytest.raises(SystemExit):

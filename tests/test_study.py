@@ -28,17 +28,21 @@ def test_proxies_are_made_of_what_their_names_say(model):
     assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
 
 
-def test_the_share_between_images_is_zero_for_a_constant_and_larger_for_more(model):
+def test_the_share_between_images_is_zero_for_a_constant_and_larger_for_more(model, monkeypatch):
     same, other = rand(1, 3, 32, 32), rand(1, 3, 32, 32, seed=1)
     assert max(study.share_between_images(model, [same, same])) < 1e-6
     between = study.share_between_images(model, [same, other])
     assert len(between) == 3 and min(between) > 1e-6 and max(between) <= 1
+    monkeypatch.setattr(model, "proxies", lambda P: [torch.full((1, 4, 3, 3), float(P[0].sum()))])
+    assert study.share_between_images(model, [same, other]) == pytest.approx([1.0]), "nothing varies but the image"
 
 
 def test_equal_compute_is_equal():
     first, target, more = study.operations(SIPL("nano", dim=8), 2)
     wide = SIPL("nano", dim=study.wider(8), fusion=False)
-    assert study.operations(wide)[0] / target == pytest.approx(1, abs=0.25), "widths come in steps of four"
+    assert study.operations(wide)[0] / target == pytest.approx(1, abs=0.06)
+    narrow, twice = (study.build(f"singles: {arm}", 8)[0] for arm in ("again", "equal compute"))
+    assert study.operations(twice)[0] / study.operations(narrow, 1, "again")[1] == pytest.approx(1, abs=0.06)
     assert more > target > first > study.operations(SIPL("nano", dim=8, fusion=False))[0]
     assert study.operations(SIPL("nano", dim=8), 1) == [first, target], "each counts from the start"
     assert study.operations(as_released(SIPL("nano", dim=8)))[0] == first, "fused attention counts as if written out"

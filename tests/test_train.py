@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from conftest import rand, tiny
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -311,6 +312,19 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path):
 
 
 # ------------------------------------------------------------------------------- parts, averages, several processes
+def test_a_checkpoint_that_does_not_fit_leaves_the_model_alone(tmp_path):
+    def wrapped(width):
+        layers = [nn.Conv2d(a, b, 1) for a, b in ((3, 8), (8, 8), (8, width), (width, 3))]
+        return SIPL.wrap(nn.Sequential(*layers), ["0"], ["1"], rand(1, 3, 16, 16))
+
+    run(tmp_path, 2, wrapped(4))
+    model = wrapped(6)
+    before = flat(model)
+    with pytest.raises(InputError, match="checkpoint.pt' is of another model, pass another folder"):
+        run(tmp_path, 3, model)
+    assert torch.equal(flat(model), before)
+
+
 def test_processes_work_on_as_many_parts_each(monkeypatch):
     parts, x = [], rand(3, 3, 16, 16)
 
@@ -721,6 +735,8 @@ def test_trained_weights_keep_their_recipe_and_suite_and_are_treated_gently(tmp_
     backbone, _ = run(None, 1, tiny(fusion=False))
     assert train.finetune_options(backbone)["recipe"] == "backbone"
     assert train.finetune_options(tiny(), start="published weights")["lr"] <= 2e-4
+    nano = SIPL.from_pretrained("nano")  # a recipe of one's own may hold a loss, which PSNR would be added to
+    assert train.finetune_options(nano)["decibels"] > 0 and "decibels" not in train.finetune_options(nano, recipe=flat)
 
 
 def test_torchrun_is_joined_and_left(monkeypatch):
