@@ -33,7 +33,9 @@ def test_the_share_between_images_is_zero_for_a_constant_and_larger_for_more(mod
     assert max(study.share_between_images(model, [same, same])) < 1e-6
     between = study.share_between_images(model, [same, other])
     assert len(between) == 3 and min(between) > 1e-6 and max(between) <= 1
-    monkeypatch.setattr(model, "proxies", lambda P: [torch.full((1, 4, 3, 3), float(P[-1].sum()))])
+    monkeypatch.setattr(model, "privileged", lambda image: image)
+    monkeypatch.setattr(model, "forward", lambda x: x)
+    monkeypatch.setattr(model, "proxies", lambda P: [torch.full((1, 4, 3, 3), float(P.sum()))])
     assert study.share_between_images(model, [same, other]) == pytest.approx([1.0]), "nothing varies but the image"
 
 
