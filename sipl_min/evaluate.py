@@ -129,7 +129,8 @@ def real(suite, root):
 
 def published_pair(x, y, column, stream):
     """Files -> degraded and clean, cut to multiples of 16. Without a file x, noise is added and truncated to uint8."""
-    degraded, clean = load(x or y), load(y)
+    clean = load(y)
+    degraded = load(x) if x else clean
     if degraded.shape != clean.shape:
         raise InputError(f"{str(x)!r} and {str(y)!r} differ in size: check the copy with python -m sipl_min data")
     degraded, clean = (center(t.permute(1, 2, 0)).permute(2, 0, 1)[None] for t in (degraded, clean))

@@ -160,6 +160,8 @@ def load_tiff(path, max_pixels):
             raise InputError(f"{page.bitspersample} bits a channel are not read, convert it to 16 bits first")
         deflated = page.compression in (1, 8, 32946)  # or not compressed
         if not deflated or page.photometric > 2 or page.planarconfig > 1 or page.bitspersample < 8:
+            if page.index:  # where Pillow would take the first
+                raise InputError("its first page is a thumbnail, save it as a plain TIFF of one page first")
             return load_pillow(path, max_pixels)
         if page.extrasamples[:1] == (1,):
             raise InputError("its colors are multiplied by alpha, save it with unassociated alpha first")
@@ -169,7 +171,7 @@ def load_tiff(path, max_pixels):
             top = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
             image = np.concatenate([top - color, alpha], axis=2).reshape(image.shape)
         kept = dict(icc_profile=page.iccprofile) if page.iccprofile else {}
-        if page.tags.valueof(296, default=2) > 1:  # 1: no unit, so no resolution
+        if 282 in page.tags and page.tags.valueof(296, default=2) > 1:  # 1: no unit, so no resolution
             kept["dpi"] = page.get_resolution("inch")
         orientation = page.tags.valueof(274, default=1)
     image = image[:, ::-1] if orientation in (2, 4, 5, 7) else image

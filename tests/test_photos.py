@@ -118,10 +118,12 @@ def test_kinds_of_tiff(tmp_path):
     assert np.array_equal(read(tmp_path / "white.tif"), np.stack([255 - both[..., 0], both[..., 1]], 2)), "alpha stays"
     tifffile.imwrite(tmp_path / "times.tif", noise(6, 9, 4), photometric="rgb", extrasamples=[1])
     refused("colors are multiplied by alpha", read, tmp_path / "times.tif")
-    write(tmp_path / "plain.tif", deep)
-    write(tmp_path / "copy.jpg", noise(6, 9, 3), like=tmp_path / "plain.tif")
-    with Image.open(tmp_path / "copy.jpg") as copy:
-        assert "dpi" not in copy.info, "no resolution is invented"
+    write(tmp_path / "none.tif", deep)
+    Image.fromarray(noise(6, 9, 3)).save(tmp_path / "pillow.tif")
+    for name in ("none.tif", "pillow.tif"):
+        write(tmp_path / "copy.jpg", noise(6, 9, 3), like=tmp_path / name)
+        with Image.open(tmp_path / "copy.jpg") as copy:
+            assert "dpi" not in copy.info, "no resolution is invented"
     tifffile.imwrite(tmp_path / "planes.tif", noise(3, 18, 19), photometric="rgb", planarconfig="separate")
     assert np.array_equal(read(tmp_path / "planes.tif"), noise(3, 18, 19).transpose(1, 2, 0))
 
@@ -201,6 +203,10 @@ def test_animations_and_pages_are_refused(tmp_path):
         f.write(noise(5, 8, 3), photometric="rgb", metadata=None, subfiletype=1)
         f.write(noise(20, 30, 3), photometric="rgb", metadata=None)
     assert np.array_equal(read(tmp_path / "before.tif"), noise(20, 30, 3))
+    with tifffile.TiffWriter(tmp_path / "planes.tif") as f:
+        f.write(noise(5, 8, 3), photometric="rgb", metadata=None, subfiletype=1)
+        f.write(noise(3, 20, 30), photometric="rgb", metadata=None, planarconfig="separate")
+    refused("its first page is a thumbnail", read, tmp_path / "planes.tif")
 
 
 # ------------------------------------------------------------------------------------- what else is in a file stays
