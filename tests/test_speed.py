@@ -143,12 +143,14 @@ def test_ctrl_c_ends_in_one_word(tmp_path):
     """Ctrl-C reaches all processes of a terminal: also the one that measures, which must leave no traceback behind."""
     command = [sys.executable, "-u", "-m", "sipl_min.speed", "--sizes", "512", "--device", "cpu"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     with subprocess.Popen(command, start_new_session=True, **pipes) as run:
+        signal.signal(signal.SIGINT, before)
         try:
             run.stdout.readline()  # the run; then the measuring begins
             time.sleep(1)
             os.killpg(run.pid, signal.SIGINT)
-            _, said = run.communicate(timeout=300)  # once nothing of it runs on
+            _, said = run.communicate(timeout=60)  # once nothing of it runs on
             assert (run.returncode, said) == (130, "stopped\n")
         finally:
             with contextlib.suppress(ProcessLookupError):
