@@ -50,7 +50,7 @@ class Settings:
         for f in fields(self):
             value, like = getattr(self, f.name), f.default
             good = isinstance(value, (float, int) if isinstance(like, float) else type(like))
-            if not good or (isinstance(like, tuple) and len(value) != len(like)):
+            if not good or (isinstance(like, tuple) and (len(value) != len(like) or min(value) < 1)):
                 raise ValueError(f"setting {f.name}={value!r} cannot work: it must be like {like!r}")
         for d, *heads in zip(self.dims, self.heads, (2, *self.read_heads), (2, *self.write_heads)):
             if any(h < 1 or d % h for h in heads):  # the 2: full resolution has no Proxy Fusion, but is halved

@@ -280,6 +280,7 @@ def test_the_file_alone_builds_restores_and_refines(tmp_path):
         (dict(backbone="nafnett"), "did you mean 'nafnet'"),
         (dict(dim=10.5), "setting dim=10.5"),
         (dict(blocks=(1, 2)), r"setting blocks=\(1, 2\) cannot work: it must be like \(4, 6, 6, 8\)"),
+        (dict(dictionary_size=(0, 4, 2)), r"setting dictionary_size=\(0, 4, 2\) cannot work: it must be like"),
         (dict(fusion="yes"), "setting fusion='yes'"),
         (dict(heads=(3, 2, 4, 8)), "16 channels must be even, and need heads that divide them"),
         (dict(read_heads=(1, 5, 1)), "64 channels must be even, and need heads that divide them"),

@@ -106,3 +106,4 @@ def test_weights_can_be_measured_and_costs_counted(tmp_path, capsys, monkeypatch
     assert study.main(["cost", str(tmp_path)]) == 0 and (tmp_path / "cost.md").is_file()
     times = {line.split(" | ")[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("| nano ")}
     assert float(times["chain"].split()[-3]) > float(times["nothing reused"].split()[-3]) > 5
+    assert study.main(["cost", str(tmp_path), "--weights", "nano"]) == 2 and "leave out" in capsys.readouterr().err
