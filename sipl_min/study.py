@@ -17,6 +17,7 @@ import zlib
 from functools import partial
 from itertools import product
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from .data import Images, held_out
 from .degrade import COLUMNS, degrade, generator, haze, jpeg, noise
 from .evaluate import Rows, center, pair, psnr
-from .fast import accelerated
+from .fast import accelerate, accelerated
 from .files import InputError, atomic_write, exit_code
 from .photos import find, read, windows
 from .sipl import SIPL
@@ -157,16 +158,38 @@ def in_windows(model, photos):
 
 
 # --------------------------------------------------------------------------------------------------------- cost
-def cost(presets=("nano", "small", "paper"), size=256):
-    """A Markdown table: operations of the first pass, and of T refinements as multiples of it."""
-    text = ["| preset | loop | operations per pixel, T = 0 | T = 1 | T = 2 | T = 3 | T = 4 |", "|---" * 7 + "|"]
+def cost(presets=("nano", "small", "paper"), counted=256, timed=128):
+    """Two Markdown tables: the first pass in operations, and in seconds on this CPU; T refinements as multiples of it.
+
+    Images have counted x counted and timed x timed pixels. Seconds are those of `fast.py`, and where nothing is reused
+    of the code as released."""
+    head = "| preset | loop | {}, T = 0 | T = 1 | T = 2 | T = 3 | T = 4 |\n" + "|---" * 7 + "|"
+    threads = f"seconds ({timed} × {timed} pixels, threads: {torch.get_num_threads()})"
+    tables = [head.format("operations per pixel")], [head.format(threads)]
     for preset, loop in product(presets, ("privilege", "chain", "nothing reused")):
+        make = as_released if loop == "nothing reused" else accelerate
         with torch.device("meta"):
-            model = as_released(SIPL(preset)) if loop == "nothing reused" else SIPL(preset)
-        counted = operations(model, 4, loop, size)
-        times = " | ".join(f"{n / counted[0]:.2f} ×" for n in counted[1:])
-        text.append(f"| {preset} | {loop} | {counted[0] / 1e3:,.0f} thousand | {times} |")
-    return "\n".join(text) + "\n"
+            model = SIPL(preset) if make is accelerate else make(SIPL(preset))
+        number = operations(model, 4, loop, counted)
+        took = seconds(make(SIPL(preset).eval()), loop, timed)
+        firsts = f"{number[0] / 1e3:,.0f} thousand", f"{took[0]:.3f}"
+        for table, first, values in zip(tables, firsts, (number, took)):
+            times = " | ".join(f"{value / values[0]:.2f} ×" for value in values[1:])
+            table.append(f"| {preset} | {loop} | {first} | {times} |")
+    return "\n\n".join(map("\n".join, tables)) + "\n"
+
+
+@torch.no_grad()
+def seconds(model, loop, size, runs=3):
+    """Seconds until y_0, ..., y_4 are there, medians of some runs."""
+    x, found = torch.rand(1, 3, size, size).to(next(model.parameters())), []
+    for _ in range(runs + 1):  # the first warms up
+        start, times = perf_counter(), []
+        for y in model.estimates(x, 4, loop):
+            y[0, 0, 0, 0].item()  # waits for a GPU
+            times.append(perf_counter() - start)
+        found.append(times)
+    return np.median(found[1:], axis=0)
 
 
 # -------------------------------------------------------------------------------------------------------- study
