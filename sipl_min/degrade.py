@@ -238,11 +238,11 @@ SUITES["mixed"] = SUITES["three_task"] | SUITES["five_task"] | CDD  # all publis
 
 # suite -> its columns: name -> the steps in it
 COLUMNS = {suite: {name: [name] for name in steps} for suite, steps in SUITES.items()}
-COLUMNS["cdd11"] = {name: name.split("_") for name in CDD11}
-COLUMNS["doubles"] = {name: steps for name, steps in COLUMNS["cdd11"].items() if len(steps) < 3}
+COLUMNS["cdd11"] = {name: name.split("_") for name in CDD11} | COLUMNS["cdd11"]  # the right one: for what you add
+COLUMNS["doubles"] = {name: steps for name, steps in COLUMNS["cdd11"].items() if len(steps) < 3} | COLUMNS["doubles"]
 COLUMNS["deweather"]["Outdoor-Rain"] += COLUMNS["deweather"].pop("veil")
 COLUMNS["everyday"] = {"clean": []} | COLUMNS["everyday"] | COLUMNS["cdd11"]
-COLUMNS["mixed"] = COLUMNS["three_task"] | COLUMNS["five_task"] | COLUMNS["cdd11"]
+COLUMNS["mixed"] = COLUMNS["three_task"] | COLUMNS["five_task"] | COLUMNS["cdd11"] | COLUMNS["mixed"]
 
 # suite -> how often training meets each column, in whole numbers. Haze and darkness change every pixel, and drown what
 # changes few, as rain does, and what is small, as noise is, until that has been learned: train some hundred steps on

@@ -210,3 +210,16 @@ def test_a_suite_from_outside_needs_columns_and_shares(monkeypatch):
     monkeypatch.setitem(COLUMNS, "mine", COLUMNS["three_task"])
     monkeypatch.setitem(SHARES, "mine", SHARES["three_task"])
     degrade.check_suite("mine")
+
+
+@pytest.mark.parametrize("suite", ["three_task", "five_task", "deweather", "cdd11", "everyday", "mixed"])
+def test_an_entry_in_any_suite_becomes_a_column(suite):
+    """As README says how to add a degradation."""
+    source = Path(degrade.__file__).read_text(encoding="utf-8")
+    begin, end = "# suite -> its columns", "def check_suite"
+    made = {name: dict(steps) for name, steps in SUITES.items()} | {
+        suite: SUITES[suite] | {"mine": (degrade.noise, {})}
+    }
+    names = dict(SUITES=made, CDD11=CDD11)
+    exec(source[source.index(begin) : source.index(end)], names)
+    assert names["COLUMNS"][suite]["mine"] == ["mine"] and names["SHARES"][suite]["mine"] == 1
