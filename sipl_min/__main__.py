@@ -199,6 +199,8 @@ def train(options):
         images = Pairs(*options.pairs, crop_size=o["crop_size"], skip_bad=options.skip_bad)
     elif options.data:
         found = datasets.training(options.data, o["suite"])
+        made = f"what else suite {o['suite']} has is made of {len(found['source'])} clean images"
+        print(f"pairs for {', '.join(found['pairs']) or 'no column'}; {made}")
         images = Images(**found, cache=2**33, skip_bad=options.skip_bad)
     elif options.images:
         images = Images(options.images, skip_bad=options.skip_bad)
@@ -235,16 +237,18 @@ def benchmark(options):
         cases = evaluate.real(options.suite, options.data)
     else:
         cases = evaluate.embedded(options.suite, seed=options.seed, draws=options.draws)
-    rows = evaluate.measure(model, cases, options.steps, against, options.output)
-    for note in cases.notes:
-        print(f"note: {note}")
-    if not rows:
+    notes = "\n".join(f"note: {note}" for note in cases.notes)
+    print(notes, end="\n" * bool(notes), flush=True)
+    if not len(cases):
         raise InputError(f"nothing of {options.suite} lies below {options.data!r}: see python -m sipl_min data")
-    text = evaluate.markdown(rows, options.suite)
+    report = Path(options.output).with_suffix(".md") if options.output else None
+    if report and report.exists() and not Path(options.output).exists():
+        raise InputError(f"{str(report)!r} is there, and would be written over: move it, or pass another --output")
+    text = evaluate.markdown(evaluate.measure(model, cases, options.steps, against, options.output), options.suite)
     print(text)
-    if options.output:
-        with atomic_write(Path(options.output).with_suffix(".md")) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+    if report:
+        with atomic_write(report) as temporary:
+            temporary.write_text(f"{text}\n{notes}".strip() + "\n", encoding="utf-8")
 
 
 def data(options):

@@ -6,6 +6,7 @@ In all three, what is drawn follows from seed and place in the training alone, n
 import bisect
 import functools
 import itertools
+import unicodedata
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,7 +105,7 @@ def load(path):
 def check(groups, skip_bad, bad=()):
     """Groups of paths, such as pairs -> those whose photos are whole and of one size, and a sentence for each other.
 
-    Raises InputError with all sentences, those in `bad` too, unless `skip_bad`."""
+    Raises InputError with the first five sentences, those in `bad` too, unless `skip_bad`."""
     good, bad = [], [*bad]
     shape = functools.cache(lambda path: load(path).shape)  # all of it is read: a truncated file begins like a good one
     for group in tqdm(groups, "checking", delay=5, leave=False):
@@ -117,7 +118,8 @@ def check(groups, skip_bad, bad=()):
             bad.append(str(e))
     if bad and not skip_bad:
         way = "mend them, or leave them out with --skip-bad (in Python skip_bad=True)"
-        raise InputError(f"{len(bad)} photos or pairs cannot be used: {'; '.join(bad)}: {way}")
+        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise InputError(f"{len(bad)} photos or pairs cannot be used: {'; '.join(bad[:5])}{more}: {way}")
     return good, bad
 
 
@@ -135,14 +137,21 @@ def by_name(inputs, targets):
     A target lies in the folder of the same name, or at the top. Raises InputError for a photo that is both."""
     if both := sorted(inputs.keys() & targets.keys()):
         raise InputError(f"{str(both[0])!r} is among inputs and targets: name two folders, neither inside the other")
-    if len({*targets.values()}) == 1 and not {*targets.values()} & {*inputs.values()}:  # such as clear/clear_images
-        targets = dict.fromkeys(targets, ".")
-    named, pairs, left = {}, [], []
+    apart = len({path.stem for path in inputs}) == len(inputs) or len({*inputs.values()}) == 1
+    if apart and len({*targets.values()}) == 1 and not {*targets.values()} & {*inputs.values()}:
+        targets = dict.fromkeys(targets, ".")  # such as clear/clear_images
+
+    def plain(path):  # systems differ in case, and in how they write an accent
+        return unicodedata.normalize("NFC", path.stem).casefold()
+
+    named, pairs, left, taken = {}, [], [], {(folder, plain(path)) for path, folder in inputs.items()}
     for path, folder in targets.items():
-        named.setdefault((folder, path.stem), []).append(path)
+        named.setdefault((folder, plain(path)), []).append(path)
     for path, folder in inputs.items():
-        places = [(place, stem) for place in (folder, ".") for stem in spellings(path.stem)]
+        stems = [s for s in spellings(plain(path)) if s == plain(path) or (folder, s) not in taken]
+        places = [(place, stem) for place in (folder, ".") for stem in stems]
         found = next((named[place] for place in places if place in named), [])
+        found = [target for target in found if target.stem == path.stem] if len(found) > 1 else found
         if len(found) == 1:
             pairs.append((path, *found))
         else:
@@ -166,11 +175,11 @@ def halves(names, inputs=INPUTS):
 def clean_photos(folder):
     """The photos in a folder. Raises InputError where it holds pairs: half of them are damaged."""
     found = photos.find(folder)
-    x, y = halves((path.name for path in Path(folder).iterdir() if path.is_dir()), (*INPUTS, "noisy"))
-    if x and y:
-        x, y = str(Path(folder, x)), str(Path(folder, y))
-        way = f"pass --pairs {x!r} {y!r} (in Python data.Pairs), or as clean photos {y!r} alone"
-        raise InputError(f"{str(folder)!r} holds pairs, not only clean photos: {way}")
+    for place, folders, _ in photos.walk(folder):
+        x, y = (str(place / name) if name else "" for name in halves(folders, (*INPUTS, "noisy")))
+        if x and y:
+            way = f"pass --pairs {x!r} {y!r} (in Python data.Pairs), or as clean photos {y!r} alone"
+            raise InputError(f"{str(place)!r} holds pairs, not only clean photos: {way}")
     return found
 
 
@@ -270,8 +279,8 @@ def batch(
     A pure function of its arguments, so training resumes where it stopped. Each crop draws its column by
     `degrade.SHARES`, or by `shares` where that names it, as in dict(noise=300); columns in `images.pairs` take their
     crop from there. Crops are cut on the CPU, and degraded on `device`. A share `mild` is degraded in part,
-    y + s (x - y) with s uniform in (0, 1): a network that saw only bad photos spoils good ones; columns that
-    keep the target (`AS_IT_IS`) are spared. "everyday" has a share of its own, varies the tone, and compresses some.
+    y + s (x - y) with s uniform in (0, 1): a network that saw only bad photos spoils good ones. "everyday" has a share
+    of its own, spares columns that keep the target (`AS_IT_IS`), varies the tone, and compresses some.
     which: number of the image that all crops come from; None for any."""
     check_suite(suite, shares or ())
     g = generator(hash_seed(seed, step))
@@ -291,7 +300,8 @@ def batch(
     jpeg_share, mild_share = EXTRA.get(suite, (0.0, 0.0))
     if suite in EXTRA:
         y[made] = fade(y[made], generator(hash_seed(seed, step, 5), device))
-    varied = [i for i in made if columns[i] in AS_IT_IS]
+    as_it_is = AS_IT_IS if suite in EXTRA else ()
+    varied = [i for i in made if columns[i] in as_it_is]
     y[varied] = vary_tone(y[varied], g)
     x[made] = degrade(y[made], g, suite, [columns[i] for i in made], depths[made])
     chance = torch.rand(len(made), generator=g, device=device).tolist()
@@ -299,7 +309,7 @@ def batch(
     x[again] = jpeg(x[again], g)
 
     u, s = torch.rand(2, batch_size, 1, 1, 1, generator=generator(hash_seed(seed, step, 2))).to(device)
-    spared = torch.tensor([column in AS_IT_IS for column in columns], device=device)[:, None, None, None]
+    spared = torch.tensor([column in as_it_is for column in columns], device=device)[:, None, None, None]
     return torch.where((u < (mild or mild_share)) & ~spared, y + s * (x - y), x), y, columns
 
 

@@ -132,7 +132,9 @@ def published_pair(x, y, column, stream):
     clean = load(y)
     degraded = load(x) if x else clean
     if degraded.shape != clean.shape:
-        raise InputError(f"{str(x)!r} and {str(y)!r} differ in size: check the copy with python -m sipl_min data")
+        raise InputError(f"{str(x)!r} and {str(y)!r} differ in size: copy them anew, or move them away")
+    if min(clean.shape[1:]) < 16:
+        raise InputError(f"{str(y)!r} has less than 16 pixels a side: copy it anew, or move it away")
     degraded, clean = (center(t.permute(1, 2, 0)).permute(2, 0, 1)[None] for t in (degraded, clean))
     if x is None:
         pixels = (array(clean) * 255).round()
@@ -250,7 +252,8 @@ def measure(model, cases, steps=None, against=None, output=None, progress=True):
     steps = default_steps(model) if steps is None else steps
     others, measured = [] if against is None else [against], []
     weights = "+".join(f"{checksum(*m.state_dict().values()):08x}" for m in (model, *others))
-    rows = Rows(output, KEYS, VALUES, steps=steps, weights=weights)
+    dtype = next(model.parameters()).dtype  # not named where it is the usual one, as in files of earlier versions
+    rows = Rows(output, KEYS, VALUES, steps=steps, weights=weights, **dict(dtype=dtype) if dtype.itemsize < 4 else {})
     names = ["input"] + ["backbone"] * len(others) + [f"y{t}" for t in range(steps + 1)]
     with accelerated(model, *others):
         for number, case in enumerate(tqdm(cases, unit="pair", disable=not progress)):

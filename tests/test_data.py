@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from sipl_min import InputError, data
 from sipl_min.data import Degraded, Images, Pairs, batch
-from sipl_min.degrade import COLUMNS, SHARES, generator
+from sipl_min.degrade import COLUMNS, SHARES, SUITES, generator, noise
 from sipl_min.photos import read, to_tensor, write
 
 
@@ -164,11 +164,12 @@ def test_a_night_scene_is_dark_with_white_lamps_or_stars():
     "x, y", [("input", "target"), ("LQ", "GT"), ("Hazy", "clear"), ("noisy", "clean"), ("in", "out")]
 )
 def test_a_folder_of_pairs_is_no_folder_of_clean_photos(tmp_path, x, y):
-    inputs, targets = pairs_on_disk(tmp_path, "1.png", x=x, y=y)
+    inputs, targets = pairs_on_disk(tmp_path / "scene", "1.png", x=x, y=y)
     for make in (Images, lambda folder: Degraded(folder, "cdd11")):
-        with pytest.raises(InputError, match="holds pairs, not only clean photos: pass --pairs ") as e:
-            make(tmp_path)
-        assert f"--pairs {str(inputs)!r} {str(targets)!r}" in str(e.value)
+        for folder in (tmp_path / "scene", tmp_path):
+            with pytest.raises(InputError, match="holds pairs, not only clean photos: pass --pairs ") as e:
+                make(folder)
+            assert f"--pairs {str(inputs)!r} {str(targets)!r}" in str(e.value)
     assert is_half(*Pairs(inputs, targets)[0]) and len(Images(targets)) == 1, "the advice works"
 
 
@@ -184,6 +185,9 @@ def test_all_bad_photos_are_named_and_can_be_left_out(tmp_path):
         assert all(str(tmp_path / name) in str(e.value) for name in ("cut.png", "text.jpg", "bright.tif"))
         images = Images(source, skip_bad=True)
         assert len(images) == 1 and len(images.left_out) == 3
+    with pytest.raises(InputError, match="2000 photos .* and 1995 more: mend them") as e:
+        Images([tmp_path / "text.jpg"] * 2000)
+    assert len(str(e.value)) < 2000
     (tmp_path / "good.png").unlink()
     cases = (
         (tmp_path, "no photos for images: .*text.jpg"),
@@ -240,6 +244,8 @@ PARTNERS = [  # input, its target
     ("part1/0001_0.8.png", "0001.png"),
     ("part3/0001_0.8.png", "clear_images/0001.png"),
     ("S1/7.png", "S1/7.png"),
+    ("IMG_1.JPG", "img_1.png"),
+    ("\u00c4rger 1.PNG", "A\u0308rger 1.png"),  # as macOS writes it
 ]
 
 
@@ -266,6 +272,16 @@ def test_scenes_with_the_same_names_are_not_mixed_up(tmp_path):
     for inputs, targets, message in wrong:
         with pytest.raises(InputError, match=message):
             Pairs(inputs, targets)
+    write(y / "S2" / "7_1.png", photo(0))
+    write(x / "S2" / "7_1.png", photo(0))
+    assert dict(Pairs(x, y, skip_bad=True).items)[x / "S2" / "7_1.png"] == y / "S2" / "7_1.png"
+    (y / "S2" / "7_1.png").unlink()
+    assert x / "S2" / "7_1.png" not in dict(Pairs(x, y, skip_bad=True).items), "7.png has an input of its own"
+    (x / "S2" / "7_1.png").unlink()
+    for name in ("a/S1/blur/1.png", "a/S2/blur/1.png", "b/S1/sharp/1.png"):
+        write(tmp_path / name, photo(0))
+    with pytest.raises(InputError, match="has no targets of its name"):  # of a copy that is not whole
+        Pairs(tmp_path / "a", tmp_path / "b")
     (y / "S1" / "7.png").unlink()
     with pytest.raises(InputError, match="2 photos .*x/S1/7.png' has no .*x/S1/8.png' has no"):
         Pairs(x, y)
@@ -315,3 +331,12 @@ def test_workers_see_what_the_main_process_sees(tmp_path, method):
     loader = DataLoader(together, batch_size=2, num_workers=1, multiprocessing_context=method)
     for (x, y), (u, v) in zip(loader, DataLoader(together, batch_size=2), strict=True):
         assert torch.equal(x, u) and torch.equal(y, v)
+
+
+def test_names_of_columns_mean_something_in_everyday_alone(monkeypatch):
+    for name in ("noise", "mine"):  # a suite of one's own
+        for table, value in ((SUITES, (noise, dict(sigma=1.0))), (COLUMNS, [name]), (SHARES, 1)):
+            monkeypatch.setitem(table, f"suite of {name}", {name: value})
+    images = Images([photo(i) for i in range(3)])
+    first, second = (batch(images, 0, suite=f"suite of {name}", batch_size=16, mild=0.5) for name in ("noise", "mine"))
+    assert torch.equal(first[1], second[1]) and torch.equal(first[0], second[0])

@@ -204,6 +204,12 @@ def test_counts_are_those_of_the_published_sets():
     assert {name: n for (name, _), (n, *_) in counts.items() if name in some} == some
 
 
+def test_folders_of_a_project_hide_no_data_sets(tmp_path):
+    make(tmp_path, *(f"data/Rain100L/test/{half}/1.png" for half in ("input", "target")))
+    (tmp_path / "out").mkdir()  # `data` and `out` are names of halves too
+    assert found(tmp_path) == ["Rain100L test"]
+
+
 def test_training_takes_pairs_where_there_are_and_makes_the_rest(tmp_path):
     names = ["our485/low/0.png", "our485/high/0.png", "Train/Derain/rainy/rain-0.png", "Train/Derain/gt/norain-0.png"]
     make(tmp_path, *names)

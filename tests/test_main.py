@@ -1,5 +1,6 @@
 """The command line: each command does its work, and every error is one sentence and leaves nothing behind."""
 
+import shutil
 import subprocess
 import sys
 
@@ -131,6 +132,43 @@ def test_benchmark_writes_rows_and_tables(weights, tmp_path, capsys):
     assert "CBSD68_15" in first and "PromptIR*" in first and output.with_suffix(".md").is_file()
     before = output.read_bytes()
     assert main(command) == 0 and capsys.readouterr().out == first and output.read_bytes() == before
+    assert main([*command, "--dtype", "bfloat16"]) == 2 and "was begun with" in capsys.readouterr().err
+    output.unlink()
+    assert main(command) == 2 and "r.md' is there, and would be written over" in capsys.readouterr().err
+
+
+def test_what_a_data_set_lacks_is_told_before_anything_is_measured(weights, tmp_path, capsys, monkeypatch):
+    for half in ("input", "target"):
+        for name, w in (("1.png", 40), ("2.png", 12)):
+            path = tmp_path / "d" / "Rain100L" / "test" / half / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            iio.imwrite(path, np.zeros((40, w, 3), np.uint8))
+    command = ["benchmark", "five_task", "--data", str(tmp_path / "d"), "--weights", weights, "--steps", "0"]
+    assert main(command) == 2
+    done = capsys.readouterr()
+    assert "note: Rain100L: 2 images instead of 100" in done.out and "2.png' has less than 16 pixels" in done.err
+    for half in ("input", "target"):
+        (tmp_path / "d" / "Rain100L" / "test" / half / "2.png").unlink()
+    assert main([*command, "--output", str(tmp_path / "r.csv")]) == 0
+    assert "note: Rain100L: 1 images instead of 100" in (tmp_path / "r.md").read_text(encoding="utf-8")
+    command = ["train", str(tmp_path / "run"), "--steps", "1", "--batch-size", "1", "--crop-size", "16", "--data"]
+    (tmp_path / "d" / "Rain100L" / "test").rename(tmp_path / "d" / "Rain100L" / "train")
+    for suite, line in (("cdd11", "pairs for no column"), ("three_task", "pairs for Rain100L")):
+        capsys.readouterr()
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        assert main([*command, str(tmp_path / "d"), "--suite", suite]) == 0 and line in capsys.readouterr().out
+
+
+def test_memory_that_ran_out_ends_in_one_sentence(weights, capsys, monkeypatch):
+    def measure(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    assert main(["benchmark", "keep", "--weights", weights]) == 2
+    assert capsys.readouterr().err.startswith("error: memory ran out: ")
+    monkeypatch.setattr(evaluate, "measure", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):  # a fault of ours shows where it is
+        main(["benchmark", "keep", "--weights", weights])
 
 
 def test_the_second_model_of_a_benchmark_is_as_the_first(weights, capsys, monkeypatch):

@@ -505,3 +505,9 @@ def test_one_bad_photo_never_stops_the_others(tmp_path, photo, monkeypatch):
     (tmp_path / "out" / "small.png").mkdir()  # cannot be written
     restored, _, problems = restore_folder(tiny(), tmp_path / "in", tmp_path / "out", progress=False)
     assert restored == 0 and len(problems) == 2 and "cannot write" in problems[1]
+
+
+@pytest.mark.parametrize("name", ["\u5199" * 83 + ".png", "a" * 246 + ".jpg"])
+def test_names_as_long_as_they_may_be_are_written(tmp_path, name):
+    write(tmp_path / name, noise(9, 9, 3))
+    assert [path.name for path in tmp_path.iterdir()] == [name] and read(tmp_path / name).shape == (9, 9, 3)
