@@ -64,7 +64,7 @@ def scatter(x, g, density, length, angle, width):
     density, length, angle, width = (uniform(x, g, s) for s in (density, length, angle, width))
     points = torch.rand(len(x), 1, *x.shape[-2:], generator=g, device=x.device) < density
     points = points * torch.rand(points.shape, generator=g, device=x.device)  # brightness
-    k = 2 * int(float((length / 2 + 2 * width).max()) + 1) + 1  # two widths out the edge is square, with a tenth left
+    k = 2 * int(float((length / 2 + 2 * width).max()) + 1) + 1  # the edge, two widths out, is square: e^-2 is left
     r = torch.arange(k, device=x.device) - k // 2
     sin, cos = torch.deg2rad(angle).sin(), torch.deg2rad(angle).cos()
     along, across = r[:, None] * cos + r * sin, r * cos - r[:, None] * sin  # (B, 1, k, k)
