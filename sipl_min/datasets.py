@@ -145,9 +145,10 @@ def find(root):
         role, pairs = role_of(parts), {}
         inputs, target = columns_of(folders)
         if inputs and target:
-            fits = fitting(parts, role, clean=False)
-            if fits or fitting(parts, role, clean=True):  # else `data` and `out` of a project, with sets below them
-                folders[:] = [f for f in folders if f not in (*inputs.values(), target)]
+            fits, parted = fitting(parts, role, clean=False), (*inputs.values(), target)
+            inside = {path.suffix.lower() for name in parted for path in (folder / name).iterdir()}
+            if fits or inside & {*PHOTOS}:  # else `data` and `out` of a project, with sets below them
+                folders[:] = [f for f in folders if f not in parted]
             if fits and ("" in inputs) != (fits[0].name == "CDD-11"):
                 targets = below(folder / target, empty=True)
                 pairs = {column: by_name(below(folder / name, empty=True), targets) for column, name in inputs.items()}
