@@ -151,7 +151,7 @@ def by_name(inputs, targets):
         stems = [s for s in spellings(plain(path)) if s == plain(path) or (folder, s) not in taken]
         places = [(place, stem) for place in (folder, ".") for stem in stems]
         found = next((named[place] for place in places if place in named), [])
-        found = [target for target in found if target.stem == path.stem] if len(found) > 1 else found
+        found = [target for target in found if target.stem == path.stem] or found
         if len(found) == 1:
             pairs.append((path, *found))
         else:

@@ -27,7 +27,8 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and not any(text in str(e) for text in NO_MEMORY):
             raise
-        print("error: memory ran out: smaller photos, --tile, --batch-size or another --device help", file=sys.stderr)
+        why = (str(e) or "MemoryError").splitlines()[0]
+        print(f"error: memory ran out ({why}): smaller photos, --tile or --batch-size help", file=sys.stderr)
         return 2
 
 

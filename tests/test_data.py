@@ -278,6 +278,10 @@ def test_scenes_with_the_same_names_are_not_mixed_up(tmp_path):
     (y / "S2" / "7_1.png").unlink()
     assert x / "S2" / "7_1.png" not in dict(Pairs(x, y, skip_bad=True).items), "7.png has an input of its own"
     (x / "S2" / "7_1.png").unlink()
+    for name in ("c/A.png", "d/a.png", "d/a.jpg"):
+        write(tmp_path / name, photo(0))
+    with pytest.raises(InputError, match="has 2 targets of its name"):
+        Pairs(tmp_path / "c", tmp_path / "d")
     for name in ("a/S1/blur/1.png", "a/S2/blur/1.png", "b/S1/sharp/1.png"):
         write(tmp_path / name, photo(0))
     with pytest.raises(InputError, match="has no targets of its name"):  # of a copy that is not whole
