@@ -4,11 +4,11 @@ Method:   Wu, Jiang, Jiang & Liu 2025, arXiv 2505.24207.
 Backbone: PromptIR (Potlapalli et al., NeurIPS 2023), which is Restormer (Zamir et al., CVPR 2022) with prompts.
 
 P, the privileged features, is what the encoder E makes of a better image than the input x. Read: a learned Privileged
-Dictionary D attends to P, which gives the proxy Read(D, P). Write: the decoder attends to the proxy; without P, to D.
-f(x; proxy) is the whole network. In training the better image is the clean one or made of it (other recipes: train.py),
-at test time the network's own estimate: y_0 = f(x; D), y_t = f(x; Read(D, E(y_{t-1}))), t = 1..T. In shapes, d: dim."""
+Dictionary D attends to P, which gives the proxy Read(D, P). Write: the decoder attends to the proxy, or without P to D.
+f(x; proxy) and f(x; D) are the whole network. In training the better image is the clean one, or made from it (recipes:
+train.py); at test time it is the network's own estimate: y_0 = f(x; D), y_t = f(x; Read(D, E(y_{t-1}))), t = 1..T."""
 
-import importlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-Photo = TypeVar("Photo")  # a tensor, or an array of NumPy
+Photo = TypeVar("Photo")  # a tensor, or a NumPy array
 
 
 @dataclass(frozen=True)
@@ -31,34 +31,34 @@ class Settings:
 
     backbone: str = "promptir"  # a name in BACKBONES
     dim: int = 48  # d: channels at full resolution, doubled by each level
-    blocks: tuple = (4, 6, 6, 8)  # transformer blocks
+    blocks: tuple = (4, 6, 6, 8)  # transformer blocks of the encoder; the decoder has the first three too
     refinement: int = 4  # transformer blocks after the last decoder level
     heads: tuple = (1, 2, 4, 8)  # of channel attention
-    expansion: float = 2.66  # hidden / input channels of a feed-forward network; Proxy Fusion's have 2
-    prompt_channels: tuple = (64, 128, 320)  # PromptIR only
+    expansion: float = 2.66  # hidden / input channels of a feed-forward network; in Proxy Fusion 2
+    prompt_channels: tuple = (64, 128, 320)  # PromptIR only; multiples of its four heads
     prompt_size: tuple = (64, 32, 16)  # PromptIR only
     middle: int = 1  # NAFNet only: blocks at 1/16 resolution
-    decoder_blocks: tuple = (1, 1, 1, 1)  # NAFNet only: blocks at 1/8, 1/4, 1/2, full resolution
+    decoder_blocks: tuple = (1, 1, 1, 1)  # NAFNet only: blocks from 1/8 up to full resolution
     fusion: bool = True  # False: the backbone alone, without dictionary and Proxy Fusion
-    dictionary_size: tuple = (64, 32, 16)  # a dictionary has size x size entries
-    dictionary_std: float = 0.02  # of its random start; released: 0, and so gradients of 1e9 in the first guided pass
-    read_heads: tuple = (1, 2, 1)  # as released
+    dictionary_size: tuple = (64, 32, 16)  # a dictionary is a map of size x size entries
+    dictionary_std: float = 0.02  # of its random start; 0, as released, gives gradients of 1e9 in the first guided pass
+    read_heads: tuple = (1, 2, 1)  # as released, not rising
     write_heads: tuple = (1, 2, 4)
-    identity_start: bool = False  # True: a new Write leaves h as it is; else, as released, it adds to LayerNorm(h)
+    identity_start: bool = False  # True: a new Write leaves h as it is. Released: Write adds to LayerNorm(h), not to h
 
     def __post_init__(self):
         for f in fields(self):
             value, like = getattr(self, f.name), f.default
             good = isinstance(value, (float, int) if isinstance(like, float) else type(like))
             if not good or (isinstance(like, tuple) and (len(value) != len(like) or min(value) < 1)):
-                raise ValueError(f"setting {f.name}={value!r} cannot work: it must be like {like!r}")
+                raise ValueError(f"setting {f.name}={value!r} cannot work: it must have the form of {like!r}")
         for d, *heads in zip(self.dims, self.heads, (2, *self.read_heads), (2, *self.write_heads)):
-            if any(h < 1 or d % h for h in heads):  # the 2: full resolution has no Proxy Fusion, but is halved
-                raise ValueError(f"settings dim, *heads: {d} channels must be even, and need heads that divide them")
+            if d < 1 or any(d % h for h in heads):  # the 2: no Proxy Fusion there, but the encoder halves channels
+                raise ValueError(f"settings dim, *heads: {d} channels must be even, and divisible by the heads {heads}")
+        if any(c % 4 for c in self.prompt_channels):
+            raise ValueError(f"setting prompt_channels={self.prompt_channels} cannot work: pass multiples of 4")
 
-    @property
-    def dims(self):
-        return [self.dim * 2**i for i in range(4)]  # channels of each level
+    dims = property(lambda self: [self.dim * 2**i for i in range(4)])  # channels of each level
 
 
 PRESETS = {  # what differs from Settings
@@ -89,7 +89,7 @@ conv1x1 = partial(nn.Conv2d, kernel_size=1, bias=False)
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
 
 
-def pointwise_depthwise(dim, out):  # a 1x1 convolution mixes channels, then a depthwise 3x3 neighboring pixels
+def pointwise_depthwise(dim, out):  # a 1x1 convolution mixes channels, then a depthwise 3x3 mixes neighbors
     return nn.Sequential(conv1x1(dim, out), conv3x3(out, out, groups=out))
 
 
@@ -169,7 +169,7 @@ class CrossAttention(nn.Module):
         q = unit(self.tokens(self.q(normed)))
         B = max(len(q), len(k))  # D has a batch of 1, as the query of Read and as the context of Write
         q, k, v = (t.expand(B, -1, -1, -1) for t in (q * self.temperature, k, v))
-        # softmax(temperature q k^T) v, without ever storing the (H*W) x (h*w) matrix
+        # softmax(temperature q k^T) v; fused attention never stores the (H*W) x (h*w) matrix
         z = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         z = self.out(z.mT.reshape(B, *query.shape[1:]))
         z = z + (query if self.identity_start else normed)  # the released code adds to the normalized query
@@ -180,7 +180,7 @@ class CrossAttention(nn.Module):
 
 
 class ProxyFusion(nn.Module):
-    """The Privileged Dictionary D of one scale, its Read and Write: h <- Write(h, Read(D, P)), h of the decoder."""
+    """The Privileged Dictionary D of one scale, with Read and Write: h <- Write(h, Read(D, P)), h a decoder feature."""
 
     def __init__(self, dim, size, std, read_heads, write_heads, identity_start=False, context_dim=None):
         super().__init__()
@@ -209,7 +209,7 @@ class Encoder(nn.Module):
 
 
 class Prompt(nn.Module):
-    """PromptIR's prompt: five learned feature maps, weighted to suit the image, concatenated and mixed in."""
+    """PromptIR's prompt: a sum of five learned maps, weighted to suit the image, concatenated to the feature."""
 
     def __init__(self, dim, out, channels, size, expansion):
         super().__init__()
@@ -225,7 +225,7 @@ class Prompt(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Restormer's decoder, for "promptir" with prompts. From 1/8 up; it ends with 2d channels at full resolution."""
+    """Restormer's decoder, for "promptir" with prompts. From 1/8 up; at full resolution it has 2d channels."""
 
     def __init__(self, s):
         super().__init__()
@@ -250,7 +250,7 @@ class Decoder(nn.Module):
         return self.output(self.refinement(h)) + x  # the network predicts the residual
 
 
-BACKBONES = {"promptir": (Encoder, Decoder), "restormer": (Encoder, Decoder)}  # `backbones.py` adds two more
+BACKBONES = {"promptir": (Encoder, Decoder), "restormer": (Encoder, Decoder)}  # `backbones.py` adds AdaIR, NAFNet
 
 
 # --------------------------------------------------------------------------------------------------- the method
@@ -258,7 +258,7 @@ class SIPL(nn.Module):
     """A restoration network with a Privileged Dictionary: SIPL("nano"), or SIPL("paper", backbone="restormer").
 
     `overrides` replace settings of a preset; ValueError for a wrong name, type or heads. Images are (B, 3, H, W) of any
-    size, with values in [0, 1], which only `restore` checks. Estimates have the same shape and are not clamped."""
+    size, with values in [0, 1] (only `restore` checks them). Estimates have the same shape and are not clamped."""
 
     def __init__(self, preset: str = "nano", **overrides: Any) -> None:
         super().__init__()
@@ -272,14 +272,14 @@ class SIPL(nn.Module):
         self.decoder = decoder(s)
 
     def pad(self, x, multiple=1):
-        """Pad right and bottom to multiples of what the backbone needs, and of `multiple`."""
+        """Pad right and bottom, to multiples of the backbone's number or of `multiple`, whichever is larger."""
         multiple, mode = max(multiple, self.encoder.multiple), self.encoder.padding
         bottom, right = (-n % multiple for n in x.shape[-2:])
-        tiny = bottom >= x.shape[-2] or right >= x.shape[-1]  # F.pad reflects less than there is
+        tiny = bottom >= x.shape[-2] or right >= x.shape[-1]  # F.pad reflects only what is there
         return F.pad(x, (0, right, 0, bottom), "replicate" if tiny and mode == "reflect" else mode)
 
     def privileged(self, image: Tensor) -> list[Tensor]:
-        """P = E(image), at 1/2, 1/4 and 1/8 resolution: (B, 2d, H/2, W/2), (B, 4d, H/4, W/4), (B, 8d, H/8, W/8)."""
+        """P = E(padded image): (B, 2d, H/2, W/2), (B, 4d, H/4, W/4), (B, 8d, H/8, W/8), with d = dim."""
         return self.encoder(self.pad(image))[1:4]
 
     def proxies(self, privileged: list[Tensor] | None = None) -> list[Tensor]:
@@ -293,18 +293,18 @@ class SIPL(nn.Module):
         return self.decoder(x, features, lambda i, h: self.fusion[i].write(h, proxies[i]) if proxies else h)
 
     def forward(self, x: Tensor, privileged: list[Tensor] | None = None) -> Tensor:
-        """Restore once: the first pass f(x; D), or the guided f(x; Read(D, P)), P = privileged(a better image)."""
+        """Restore once: the first pass f(x; D); or the guided f(x; Read(D, P)), P = privileged(a better image)."""
         (H, W), x = x.shape[-2:], self.pad(x)
         return self.decode(x, self.encoder(x), self.proxies(privileged))[..., :H, :W]
 
     def estimates(self, x: Tensor, steps: int = 1, feedback: str = "privilege") -> Iterator[Tensor]:
-        """Yield y_0 = f(x; D), then y_1, ..., y_T, T = `steps`, with gradients. At y_0, ValueError if that cannot work.
+        """Yield y_0 = f(x; D), then y_1, ..., y_T, T = `steps`, with gradients; cut to size, padded inside the loop.
         feedback="privilege", the paper's equations: y_t = f(x; Read(D, E(y_{t-1}))), where E(x) is computed once.
-        feedback="chain", the released code: y_1 as above; then y_t is the y_1 of a loop that begins with x = y_{t-1}.
-        feedback="again", our own, also for a backbone alone: y_t = f(y_{t-1}; D)."""
+        feedback="chain", the released code: the same for t = 1; then z = y_{t-1}, y_t = f(z; Read(D, E(f(z; D)))).
+        feedback="again", also for a backbone alone: y_t = f(y_{t-1}; D). At y_0, ValueError for other steps."""
         guided = known("feedback", feedback, ("privilege", "chain", "again")) != "again"
         if steps < 0 or steps != int(steps) or steps and guided and not self.fusion:
-            raise ValueError(f"steps={steps}: use a whole number from 0; without Proxy Fusion 0, or feedback='again'")
+            raise ValueError(f"steps={steps}: pass 0, 1, 2, ...; without Proxy Fusion 0, or feedback='again'")
         (H, W), x = x.shape[-2:], self.pad(x, 16 if feedback == "chain" else 1)  # 16 as in the released loop
         features = self.encoder(x)
         y = self.decode(x, features, self.proxies())
@@ -319,17 +319,17 @@ class SIPL(nn.Module):
 
     @torch.no_grad()
     def refine(self, x: Tensor, steps: int = 1, feedback: str = "privilege", return_all: bool = False) -> Tensor:
-        """Self-refinement at test time, as `estimates`: y_T, or with `return_all` y_0 to y_T, (T + 1, B, 3, H, W)."""
+        """Self-refinement at test time, like `estimates`: y_T, or with `return_all` y_0 to y_T, (T + 1, B, 3, H, W)."""
         estimates = list(self.estimates(x, steps, feedback))
         return torch.stack(estimates) if return_all else estimates[-1]
 
-    # What follows lives in other files of the package, imported when called, so that this file also works alone.
+    # What follows lives in other files of the package, imported when called, so that this file works alone, too.
     @overload
     def restore(self, photo: str | PathLike, steps: int | None = None, **options: Any) -> Any: ...
     @overload
     def restore(self, photo: Photo, steps: int | None = None, **options: Any) -> Photo: ...
     def restore(self, photo, steps=None, **options):
-        """A photo in, the same kind of photo out, of any size; an array for a file: see photos.restore."""
+        """A photo in, the same kind of photo out, of any size; for a path, an array: see photos.restore."""
         return package("photos").restore(self, photo, steps, **options)
 
     def save(self, path: str | PathLike) -> None:
@@ -338,10 +338,10 @@ class SIPL(nn.Module):
 
     @classmethod
     def load(cls, source: Any = "nano", device: Any = None, net: nn.Module | None = None) -> "SIPL":
-        """Weights that come with the project, by name; or a file of `save`, or a published one: see weights.load."""
+        """A trained model: included weights by name, a file from `save`, or a published one: see weights.load."""
         return package("weights").load(source, device, net)
 
-    from_pretrained, from_published, save_pretrained = load, load, save  # other names of these
+    from_pretrained, from_published, save_pretrained = load, load, save  # aliases
 
     @classmethod
     def from_backbone(cls, source: Any, identity_start: bool = False, **overrides: Any) -> "SIPL":
@@ -355,6 +355,6 @@ class SIPL(nn.Module):
 
 
 def package(file):
-    if not __package__:
+    if not __package__ or importlib.util.find_spec(f"{__package__}.{file}") is None:
         raise ImportError("this needs the package sipl_min, not only its file sipl.py")
     return importlib.import_module(f"{__package__}.{file}")

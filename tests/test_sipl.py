@@ -256,15 +256,17 @@ def test_channels_last_and_counting_operations(model):
 
 
 def test_the_file_alone_builds_restores_and_refines(tmp_path):
-    shutil.copy(sipl.__file__, tmp_path / "sipl.py")
-    code = (
-        "import sys, torch, sipl; m = sipl.SIPL('nano'); x = torch.rand(1, 3, 20, 24)\n"
-        "assert m(x).shape == m.refine(x, 2).shape == x.shape\n"
-        "assert not [n for n in sys.modules if n.startswith('sipl_min')]\n"
-        "m.restore('photo.png')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1].startswith("ImportError: this needs the package sipl_min"), done.stderr
+    (tmp_path / "theirs").mkdir()
+    for place, line in (("", "import sipl"), ("theirs", "from theirs import sipl")):  # or in another package
+        shutil.copy(sipl.__file__, tmp_path / place / "sipl.py")
+        code = (
+            f"import sys, torch; {line}; m = sipl.SIPL('nano'); x = torch.rand(1, 3, 20, 24)\n"
+            "assert m(x).shape == m.refine(x, 2).shape == x.shape\n"
+            "assert not [n for n in sys.modules if n.startswith('sipl_min')]\n"
+            "m.restore('photo.png')"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        assert done.stderr.splitlines()[-1].startswith("ImportError: this needs the package sipl_min"), done.stderr
     top = Path(sipl.__file__).read_text(encoding="utf-8")
     assert not re.search(r"^(from|import) (\.|numpy|sipl)", top, re.M)
     assert len(top.splitlines()) <= 360
@@ -279,12 +281,14 @@ def test_the_file_alone_builds_restores_and_refines(tmp_path):
         (dict(hedas=(1, 2, 4, 8)), "unknown setting 'hedas': did you mean 'heads'"),
         (dict(backbone="nafnett"), "did you mean 'nafnet'"),
         (dict(dim=10.5), "setting dim=10.5"),
-        (dict(blocks=(1, 2)), r"setting blocks=\(1, 2\) cannot work: it must be like \(4, 6, 6, 8\)"),
-        (dict(dictionary_size=(0, 4, 2)), r"setting dictionary_size=\(0, 4, 2\) cannot work: it must be like"),
+        (dict(blocks=(1, 2)), r"setting blocks=\(1, 2\) cannot work: it must have the form of \(4, 6, 6, 8\)"),
+        (dict(dictionary_size=(0, 4, 2)), r"setting dictionary_size=\(0, 4, 2\) cannot work: it must have the form of"),
         (dict(fusion="yes"), "setting fusion='yes'"),
-        (dict(heads=(3, 2, 4, 8)), "16 channels must be even, and need heads that divide them"),
-        (dict(read_heads=(1, 5, 1)), "64 channels must be even, and need heads that divide them"),
+        (dict(heads=(3, 2, 4, 8)), r"16 channels must be even, and divisible by the heads \[3, 2, 2\]"),
+        (dict(read_heads=(1, 5, 1)), "64 channels must be even, and divisible by the heads"),
         (dict(dim=7), "7 channels must be even"),
+        (dict(dim=0), "0 channels must be even"),
+        (dict(prompt_channels=(10, 16, 16)), "prompt_channels=.* pass multiples of 4"),
     ],
 )
 def test_bad_settings_are_named(arguments, message):
@@ -295,7 +299,7 @@ def test_bad_settings_are_named(arguments, message):
 def test_bad_loops_are_named(model):
     x = rand(1, 3, 8, 8)
     for steps in (-1, 1.5):
-        with pytest.raises(ValueError, match=f"steps={steps}: use a whole number"):
+        with pytest.raises(ValueError, match=f"steps={steps}: pass 0, 1, 2"):
             model.refine(x, steps)
     with pytest.raises(ValueError, match="unknown feedback 'chian': did you mean 'chain'"):
         model.refine(x, 1, "chian")
