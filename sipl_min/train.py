@@ -205,33 +205,18 @@ def fit(
     folder = None if folder is None else Path(folder)
     fresh = dict(run=finetune_options(model, options.get("start"), recipe), step=0, log=[])
     state = (read_checkpoint(folder, model) if folder else None) or fresh
-    before, first, log = state["run"], state["step"], state["log"]  # `before` stands for what is not given
-    for name in options:
-        known("option", name, Options.__annotations__)
-    o = Options(**{name: before[name] for name in Options.__annotations__ if name in before} | options)
-    recipe, label = find_recipe(recipe, before, model)
-    guided = recipe is overview
-    data = find_data(data, o, options)
-    run = describe(model, label, data, o)
+    first, log = state["step"], state["log"]
+    o, recipe, data, run = settle(model, data, recipe, state["run"], options)
     changes = compare(folder, state, run) if first else ""
     if isinstance(data, Images):
         check_suite(o.suite, o.shares)
-    size = o.crop_size if isinstance(data, Images) else getattr(data, "crop_size", None)
-    if guided and not 0 < o.window < (size or math.inf):
-        raise InputError("recipe 'overview' needs --window, and a larger --crop-size: e.g. window=64, crop_size=192")
-    if size and o.window > size:  # of other data, found out at the first batch
-        raise InputError(f"window={o.window} is larger than the crops: pass a larger crop_size than {size}")
-    device = pick_device(device)
-    rank, world = ranks()
+    device, (rank, world) = pick_device(device), ranks()
     if folder and rank == 0:
-        write_log(folder, log)  # where nothing can be written, it is found out now
-        for name in FILES:
-            for left in folder.glob(f".[0-9]*.{name}"):  # by a process that was killed while it saved
-                left.unlink()
+        clear(folder, log)
         print(changes, end="")
     if rank == 0 and progress and not first and o.trained:
         gentle = ", ".join(f"{name}={getattr(o, name)}" for name in ("lr", "warmup", "ema"))
-        print(f"fine-tuning weights with {o.trained} steps behind them: recipe={label}, {gentle}")
+        print(f"fine-tuning weights with {o.trained} steps behind them: recipe={run['recipe']}, {gentle}")
 
     was_fast = any(type(module) in FAST.values() for module in model.modules())
     accelerate(model.to(device).train())  # channels last, also where gradients are recorded
@@ -242,22 +227,9 @@ def fit(
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(o.ema), use_buffers=True) if o.ema else None
     result = average.module if average else model
     parts = dict(model=model, optimizer=optimizer) | (dict(average=average) if average else {})
-    try:
-        if first:  # raises where names or shapes differ, before the model is touched
-            copy.deepcopy(model).to("meta").load_state_dict({n: t.to("meta") for n, t in state["model"].items()})
-        for name, part in parts.items() if first else ():
-            part.load_state_dict(state.pop(name))
-    except (ValueError, RuntimeError) as e:  # a wrapped network that has changed
-        reason = " ".join(str(e).split())[:200]
-        raise InputError(f"{str(folder / 'checkpoint.pt')!r} is of another model, pass another folder: {reason}") from e
-
-    about = getattr(model, "about", {})
-    if about.get("recipe", label) != label:  # T and windows were of that
-        about = {name: v for name, v in about.items() if name not in ("steps", "window")}
-    new = dict(recipe=label, command=o.command, decibels=o.decibels, window=guided and o.window)
-    new |= dict(suite=o.suite) if isinstance(data, Images) else {}
-    new |= dict(images=len(data)) if isinstance(data, Images | Dataset) else {}
-    model.about = result.about = about | {name: v for name, v in new.items() if v}  # now: `validate` may ask for it
+    if first:
+        load_parts(parts, state, folder)
+    model.about = result.about = about_weights(model, data, run)  # now: `validate` may ask for it
 
     def save(step):
         model.about = result.about = model.about | dict(num_steps=o.trained + step)
@@ -265,24 +237,16 @@ def fit(
             save_checkpoint(folder, result, log, parts, run=run, step=step, about=model.about)
         return step, monotonic()
 
-    saved, saved_at, graph = first, monotonic(), None
-    recorded = device.type == "cuda" and world == 1 and isinstance(data, Images) and label in RECIPES  # of one shape
-    source = batches(data, first, o, device)
+    saved, saved_at = first, monotonic()
+    one_shape = isinstance(data, Images) and run["recipe"] in RECIPES
+    gradients = Graph() if one_shape and device.type == "cuda" and world == 1 else backward
+    source = batches(data, first, o, device, overview=recipe is overview)
     bar = tqdm(range(first, o.num_steps), initial=first, total=o.num_steps, disable=not progress or rank, unit="step")
     with patient() as asked, contextlib.ExitStack() as behind:
         behind.callback(accelerate, model, was_fast)
-        for step in bar:
-            torch.manual_seed(seed := hash_seed(o.seed, step, 3))  # for data sets that draw random numbers
-            x, y = next(source)
-            torch.manual_seed(seed)  # for recipes and layers: a DataLoader that begins draws one, too
-            x, y = cut(x, y, o.window, guided)
+        for step, (x, y) in zip(bar, source):
             optimizer.param_groups[0]["lr"] = learning_rate(step, o)
-            if recorded:
-                graph = graph or Graph(network, x, y, o.accumulate)
-                totals = graph(x, y)
-            else:
-                optimizer.zero_grad()
-                totals = backward(network, x, y, o.accumulate)
+            totals = gradients(network, x, y, o.accumulate)
             norm = nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
             totals = F.pad(torch.cat([totals, norm[None] / world]), (0, 1), value=float(asked.is_set()))
             if world > 1:
@@ -308,6 +272,35 @@ def fit(
     model.load_state_dict(result.state_dict())
     model.eval()
     return log
+
+
+def settle(model, data, recipe, before, given):
+    """All that is decided before a training begins: its `Options`, recipe, data, and what `describe` says of them.
+
+    given: options of the call; `before` stands for what is not given."""
+    for name in given:
+        known("option", name, Options.__annotations__)
+    o = Options(**{name: before[name] for name in Options.__annotations__ if name in before} | given)
+    recipe, label = find_recipe(recipe, before, model)
+    data = find_data(data, o, given)
+    size = o.crop_size if isinstance(data, Images) else getattr(data, "crop_size", None)
+    if recipe is overview and not 0 < o.window < (size or math.inf):
+        raise InputError("recipe 'overview' needs --window, and a larger --crop-size: e.g. window=64, crop_size=192")
+    if size and o.window > size:  # of other data, found out at the first batch
+        raise InputError(f"window={o.window} is larger than the crops: pass a larger crop_size than {size}")
+    return o, recipe, data, describe(model, label, data, o)
+
+
+def about_weights(model, data, run):
+    """What a weight file tells of its training, beside the number of steps."""
+    about, recipe = getattr(model, "about", {}), run["recipe"]
+    if about.get("recipe", recipe) != recipe:  # T and windows were of that
+        about = {name: v for name, v in about.items() if name not in ("steps", "window")}
+    new = dict(recipe=recipe, command=run["command"], decibels=run["decibels"])
+    new |= dict(window=run["window"]) if recipe == "overview" else {}
+    new |= dict(suite=run["suite"]) if isinstance(data, Images) else {}
+    new |= dict(images=len(data)) if isinstance(data, Images | Dataset) else {}
+    return about | {name: v for name, v in new.items() if v}
 
 
 class Step(nn.Module):
@@ -336,6 +329,7 @@ class Step(nn.Module):
 
 def backward(network, x, y, accumulate):
     """Gradients of a batch, of which each process works on its share, in parts. Returns loss and PSNR."""
+    network.zero_grad()
     rank, world = ranks()
     totals = torch.zeros(2, device=x.device)
     if len(x) < world:
@@ -350,10 +344,12 @@ def backward(network, x, y, accumulate):
 
 
 class Graph:
-    """`backward`, recorded as a CUDA graph: else a small network waits for the launch of some 2,000 short kernels."""
+    """The same, recorded as a CUDA graph: else a small network waits for the launch of some 2,000 short kernels."""
 
-    def __init__(self, network, x, y, accumulate):
-        self.x, self.y, self.graph = x.clone(), y.clone(), torch.cuda.CUDAGraph()
+    graph = None
+
+    def record(self, network, x, y, accumulate):
+        self.x, self.y = x.clone(), y.clone()
         work, here = torch.cuda.Stream(), torch.cuda.current_stream()
         work.wait_stream(here)
         with torch.cuda.stream(work):
@@ -361,10 +357,13 @@ class Graph:
                 backward(network, self.x, self.y, accumulate)
         here.wait_stream(work)
         network.zero_grad()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # workers may pin memory meanwhile
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # workers may pin memory meanwhile
             self.totals = backward(network, self.x, self.y, accumulate)
+        return graph
 
-    def __call__(self, x, y):  # writes the gradients anew, in the same memory
+    def __call__(self, network, x, y, accumulate):  # writes the gradients anew, in the same memory
+        self.graph = self.graph or self.record(network, x, y, accumulate)
         self.x.copy_(x), self.y.copy_(y)
         self.graph.replay()
         return self.totals
@@ -425,8 +424,10 @@ def find_data(data, o, given):
     return data
 
 
-def batches(data, first, o, device):
-    """Yield x, y (B, 3, H, W) on the device, from step `first` on."""
+def batches(data, first, o, device, overview=False):
+    """Yield x, y (B, 3, H, W) on the device, from step `first` on. overview: as in `cut`."""
+    seeds = (hash_seed(o.seed, step, 3) for step in itertools.count(first))
+    torch.manual_seed(seed := next(seeds))  # for data sets that draw random numbers
     pin = o.num_workers > 0 and device.type == "cuda"
     load = partial(DataLoader, num_workers=o.num_workers, pin_memory=pin, worker_init_fn=leave_interrupts)
     if isinstance(data, Images):
@@ -440,7 +441,9 @@ def batches(data, first, o, device):
         x = None
         for item in epoch:
             x, y = item[:2] if isinstance(data, Images) else checked(item)
-            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            torch.manual_seed(seed)  # for recipes and layers: a DataLoader that begins draws one, too
+            yield cut(x.to(device, non_blocking=True), y.to(device, non_blocking=True), o.window, overview)
+            torch.manual_seed(seed := next(seeds))
         if x is None:
             raise InputError("there are no more batches: pass what can be gone through again, such as a DataLoader")
 
@@ -523,6 +526,26 @@ def processes(device: Any = None):
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
+def clear(folder, log):
+    """Write the log so far, so that a place that cannot be written is found out now, and remove what a killed process
+    left half-written."""
+    write_log(folder, log)
+    for name in FILES:
+        for left in folder.glob(f".[0-9]*.{name}"):
+            left.unlink()
+
+
+def load_parts(parts, state, folder):
+    """Give model, optimizer and average what a checkpoint has of them. Raises InputError where it does not fit."""
+    try:  # names and shapes first, before the model is touched
+        copy.deepcopy(parts["model"]).to("meta").load_state_dict({n: t.to("meta") for n, t in state["model"].items()})
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+    except (ValueError, RuntimeError) as e:  # a wrapped network that has changed
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{str(folder / 'checkpoint.pt')!r} is of another model, pass another folder: {reason}") from e
+
+
 def describe(model, label, data, o):
     """All that a training follows from, as plain text and numbers."""
     images = [type(data).__name__]

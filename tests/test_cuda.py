@@ -79,9 +79,10 @@ def test_recorded_gradients_equal_those_launched_one_by_one(recipe):
     network, batches = Step(model, RECIPES[recipe], True), rand(2, 2, 4, 3, 32, 32).cuda()  # of two batches
     if recipe == "overview":  # a window and the overview beside it
         batches = [(torch.cat([x, x.flip(-1)], 1), y) for x, y in batches]
-    graph, gradients = Graph(network, *batches[0], 2), []
-    for step in (graph, lambda x, y: backward(network, x, y, 2)):
-        totals = step(*batches[1]).tolist()
+    graph, gradients = Graph(), []
+    graph(network, *batches[0], 2)  # recorded with this one
+    for step in (graph, backward):
+        totals = step(network, *batches[1], 2).tolist()
         gradients.append((totals, torch.cat([p.grad.flatten() for p in model.parameters()])))
         model.zero_grad()
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-4)
