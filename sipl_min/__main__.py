@@ -64,7 +64,7 @@ def parse(arguments):
     c.add_argument("--tile", type=int, help="pixels a side of windows, 0: never (default: what fits the memory)")
     c.add_argument("--overlap", type=int, default=64, help="pixels that windows share (default: %(default)s)")
     c.add_argument("--max-pixels", type=float, default=200e6, help="refuse larger photos (default: %(default).0f)")
-    c.add_argument("--force", action="store_true", help="restore anew what is there already")
+    c.add_argument("--force", action="store_true", help="restore anew, and write over, what is there already")
 
     c = command(train, "Train a model. Ctrl-C saves; the same command again continues.")
     c.add_argument("folder", help="where checkpoint, log and weights go")
@@ -178,8 +178,6 @@ def train(options):
         chosen["shares"] = dict(map(share, options.shares))
     if options.weights and (options.preset or options.backbone):
         raise InputError("--preset and --backbone are of new weights: leave them out, or --weights")
-    if options.pairs and (options.suite or options.mild):
-        raise InputError("--suite and --mild are of degradations, which pairs bring along: leave them out")
     torch.manual_seed(options.seed or 0)
     if not options.weights:
         settings, preset = training.RECIPE_SETTINGS[options.recipe or "authors"], options.preset or "nano"
@@ -196,7 +194,7 @@ def train(options):
         begun = training.read_checkpoint(Path(options.folder), model)
         o |= (begun["run"] if begun else training.finetune_options(model, options.weights, options.recipe)) | chosen
     if options.pairs:
-        images = Pairs(*options.pairs, crop_size=o["crop_size"], skip_bad=options.skip_bad)
+        images = Pairs(*options.pairs, crop_size=o["crop_size"], seed=o["seed"], skip_bad=options.skip_bad)
     elif options.data:
         found = datasets.training(options.data, o["suite"])
         made = f"what else suite {o['suite']} has is made of {len(found['source'])} clean images"

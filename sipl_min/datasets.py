@@ -137,7 +137,7 @@ def find(root):
     with `input` and `target` in it. Several folders of one set (GoPro's scenes) are put together."""
     root, found, strange = Path(root), {what: Found(what) for what in SETS}, []
     if not root.is_dir():
-        raise InputError(f"no folder {str(root)!r}: put the data sets below one, and name it with --data")
+        raise InputError(f"no folder {str(root)!r}: put the data sets below one, and name that")
     for folder, folders, files in walk(root):
         folders[:] = [f for f in folders if not f.startswith("__MACOSX")]
         images = [folder / f for f in files if Path(f).suffix.lower() in PHOTOS]

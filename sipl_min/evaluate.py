@@ -252,8 +252,11 @@ def measure(model, cases, steps=None, against=None, output=None, progress=True):
     steps = default_steps(model) if steps is None else steps
     others, measured = [] if against is None else [against], []
     weights = "+".join(f"{checksum(*m.state_dict().values()):08x}" for m in (model, *others))
-    dtype = next(model.parameters()).dtype  # not named where it is the usual one, as in files of earlier versions
-    rows = Rows(output, KEYS, VALUES, steps=steps, weights=weights, **dict(dtype=dtype) if dtype.itemsize < 4 else {})
+    dtype = next(model.parameters()).dtype  # what is usual is not named, as in files of earlier versions
+    about = dict(dtype=dtype) if dtype.itemsize < 4 else {}
+    about |= dict(feedback=default_feedback(model)) if default_feedback(model) != "privilege" else {}
+    about |= {"window": m.window for m in model.modules() if getattr(m, "window", None)}  # of NAFNetLocal
+    rows = Rows(output, KEYS, VALUES, steps=steps, weights=weights, **about)
     names = ["input"] + ["backbone"] * len(others) + [f"y{t}" for t in range(steps + 1)]
     with accelerated(model, *others):
         for number, case in enumerate(tqdm(cases, unit="pair", disable=not progress)):

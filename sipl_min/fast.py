@@ -133,6 +133,7 @@ class FastCrossAttention(CrossAttention):
 FAST = {Block: FastBlock, ChannelCrossAttention: FastChannelCrossAttention, CrossAttention: FastCrossAttention}
 
 
+@torch.inference_mode(False)  # else weights in a new layout could never be trained again
 def accelerate(model: SIPL, fast: bool = True) -> SIPL:
     """Make a model fast, in place (`fast=False`: plain again), and return it. In a wrapped one: its Proxy Fusion."""
     swap = FAST if fast else {new: old for old, new in FAST.items()}

@@ -32,7 +32,7 @@ def exit_code(command: Callable[[], int | None]) -> int:
         return 2
 
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "could not create a primitive")  # as PyTorch says it
+NO_MEMORY = ("out of memory", "can't allocate memory", "could not create a primitive", "ALLOC_FAILED")  # of PyTorch
 
 
 def asset(name: str) -> Path:

@@ -128,9 +128,9 @@ def load_pillow(path, max_pixels):
         image.load()
         try:
             upright = ImageOps.exif_transpose(image)
-        except (SyntaxError, ValueError, TypeError):  # what is marked as EXIF is none
-            upright = image
+        except Exception:  # no EXIF, or some that cannot be written anew: it is left out, the photo turned all the same
             image.info.pop("exif", None)
+            upright = ImageOps.exif_transpose(image)
         info = upright.info
         kept = {name: info[name] for name, kind in KEPT.items() if isinstance(info.get(name), kind)}
         if kept.get("icc_profile", b"")[16:20] == b"CMYK":  # the pixels become RGB
@@ -139,7 +139,8 @@ def load_pillow(path, max_pixels):
             kept["pnginfo"] = PngImagePlugin.PngInfo()
             for key, text in image.text.items():
                 changed = info.get(key)  # `info` knows that the pixels are upright
-                kept["pnginfo"].add_text(key, changed if isinstance(changed, str) else text)
+                add = kept["pnginfo"].add_itxt if key.startswith("XML:") else kept["pnginfo"].add_text  # XMP
+                add(key, changed if isinstance(changed, str) else text)
         if image.format in ("JPEG", "MPO"):
             kept |= dict(qtables=image.quantization, subsampling=max(JpegImagePlugin.get_sampling(image), 0))
         if image.format == "WEBP" and re.search(rb"VP8[L ]", path.read_bytes())[0] == b"VP8L":
@@ -147,6 +148,8 @@ def load_pillow(path, max_pixels):
         if upright.mode not in ("I", "F") and not upright.mode.startswith("I;16"):
             color = "L" if upright.mode in ("1", "L", "LA") else "RGB"  # palettes, CMYK and the like become RGB
             upright = upright.convert(color + "A" * upright.has_transparency_data)
+        elif upright.has_transparency_data:
+            raise InputError("a color that stands for transparent is not read from 16 bits, save it as TIFF with alpha")
         return np.asarray(upright), kept
 
 
@@ -159,13 +162,18 @@ def load_tiff(path, max_pixels):
         if 8 < page.bitspersample < 16:
             raise InputError(f"{page.bitspersample} bits a channel are not read, convert it to 16 bits first")
         deflated = page.compression in (1, 8, 32946)  # or not compressed
-        if not deflated or page.photometric > 2 or page.planarconfig > 1 or page.bitspersample < 8:
+        if not deflated or page.photometric > 2 or page.bitspersample < 8:
             if page.index:  # where Pillow would take the first
                 raise InputError("its first page is a thumbnail, save it as a plain TIFF of one page first")
-            return load_pillow(path, max_pixels)
+            if page.bitspersample > 8 and page.samplesperpixel > 1:
+                raise InputError("more than 8 bits a channel are not read here, convert it to a plain 16-bit TIFF")
+            image, kept = load_pillow(path, max_pixels)
+            inverted = page.photometric == 0 and image.dtype == np.uint16  # gray where 0 is white, left so by Pillow
+            return 65535 - image if inverted else image, kept
         if page.extrasamples[:1] == (1,):
             raise InputError("its colors are multiplied by alpha, save it with unassociated alpha first")
         image = page.asarray()
+        image = np.moveaxis(image, 0, -1) if page.planarconfig > 1 and image.ndim == 3 else image  # a plane each
         if page.photometric == 0:  # gray where 0 is white
             color, alpha = split_alpha(image)
             top = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
@@ -193,6 +201,7 @@ def write(path: Name, image: np.ndarray, like: Name | None = None) -> None:
         if ending in TIFF:
             layout = dict(photometric="rgb" if image.shape[2:] > (2,) else "minisblack")
             layout["planarconfig"] = "contig" if image.ndim == 3 else None
+            layout["extrasamples"] = [2] if image.shape[2:] in ((2,), (4,)) else None  # alpha, not multiplied in
             carried = dict(resolution=kept["dpi"], resolutionunit="inch") if "dpi" in kept else {}
             carried |= dict(iccprofile=kept.get("icc_profile"))
             iio.imwrite(temporary, image, plugin="tifffile", metadata=None, **layout, **carried)
@@ -265,7 +274,7 @@ def restore(model, photo, steps=None, feedback=None, tile=None, overlap=64, prog
     steps = default_steps(model) if steps is None else steps
     feedback = feedback or default_feedback(model)
     photo = read(photo) if isinstance(photo, Name) else photo
-    if isinstance(photo, Image.Image) and photo.mode not in ("L", "LA", "RGB", "RGBA"):
+    if isinstance(photo, Image.Image) and photo.mode not in ("L", "LA", "RGB", "RGBA", "I;16", "F"):
         raise InputError(f"a photo of Pillow's mode {photo.mode!r}: pass its file, or photo.convert('RGB')")
     photo = photo if isinstance(photo, torch.Tensor) else np.asarray(photo)
     x = to_tensor(photo) if isinstance(photo, np.ndarray) else batch(photo)
@@ -343,7 +352,8 @@ def window_side(model, shape, tile=None, overlap=64):
 def free_memory(device):
     """Bytes that a computation on this device may still take, as far as can be told; of a CPU's, at most 8 GB."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for reuse
+        return torch.cuda.mem_get_info(device)[0] + kept
     linux = Path("/proc/meminfo")
     told = re.search(r"MemAvailable:\s+(\d+)", linux.read_text(encoding="utf-8")) if linux.exists() else None
     return min(1024 * int(told[1]), 8e9) if told else 8e9
@@ -398,6 +408,8 @@ def check_folder(folder):
 
 def plan(source, target):
     """The places of restored photos, each with the photo that it comes from."""
+    if not source.exists():
+        raise InputError(f"no file {str(source)!r}: check the path")
     files, root = (find(source), source) if source.is_dir() else ([source], source.parent)
     if source.resolve() in target.resolve().parents:  # what was restored earlier is not restored again
         files = [p for p in files if target.resolve() not in p.resolve().parents]

@@ -115,6 +115,8 @@ def seconds(function):
 
 def peak(work, kind, device):
     """Megabytes above the weights at the peak of a job; None where the system, or a compiler at work, hides it."""
+    if "cuda" not in device:
+        job("nano", work[1], 16, *kind, device)()  # what PyTorch itself takes at its first call
     function = job(*work, *kind, device)
     if "cuda" in device:
         weights = torch.cuda.memory_allocated(device)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from .data import Images, held_out
 from .degrade import COLUMNS, degrade, generator, haze, jpeg, noise
-from .evaluate import Rows, center, pair, psnr
+from .evaluate import Rows, center, checksum, pair, psnr
 from .fast import accelerate, accelerated
 from .files import InputError, atomic_write, exit_code
 from .photos import find, read, windows
@@ -226,7 +226,7 @@ def run(question, folder, images=None, test=None, weights=(), seeds=3, num_steps
     tests = {name: center(photo, size) for name, photo in tests.items()}
     about = dict(size=size, photos=len(tests), test=zlib.crc32(b"".join(photo.tobytes() for photo in tests.values())))
     if weights:
-        about["weights"] = [zlib.crc32(Path(name).read_bytes()) for name in weights if Path(name).is_file()]
+        about["weights"] = [checksum(*SIPL.load(name).state_dict().values()) for name in weights]
         arms, seeds = weights, 1
     else:
         about = dict(num_steps=num_steps, dim=dim) | about

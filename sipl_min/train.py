@@ -196,7 +196,8 @@ def fit(
         recipe: a name in RECIPES, or a function like those. Default: what the weights were trained with, or "authors",
             and without Proxy Fusion "backbone".
         folder: gets `checkpoint.pt`, `model.safetensors` and `log.csv`. A checkpoint that is there goes on, bit for bit
-            on the same machine; options that are not given are as they were. Ctrl-C saves one and stops.
+            on the same CPU (on CUDA, and with a data set that draws random numbers of its own in workers or not from
+            PyTorch, nearly); options that are not given are as they were. Ctrl-C saves one and stops.
         validate: function of a copy of the model that returns a dict of numbers for the log.
         device: default CUDA if there, else CPU.
         options: fields of `Options`. Defaults for a model with trained weights: `finetune_options`.
@@ -215,7 +216,8 @@ def fit(
         clear(folder, log)
         print(changes, end="")
     if rank == 0 and progress and not first and o.trained:
-        gentle = ", ".join(f"{name}={getattr(o, name)}" for name in ("lr", "warmup", "ema"))
+        names = ("lr", "warmup", "ema", "decibels", "batch_size", "crop_size")
+        gentle = ", ".join(f"{name}={getattr(o, name)}" for name in names)
         print(f"fine-tuning weights with {o.trained} steps behind them: recipe={run['recipe']}, {gentle}")
 
     was_fast = any(type(module) in FAST.values() for module in model.modules())
@@ -227,9 +229,6 @@ def fit(
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(o.ema), use_buffers=True) if o.ema else None
     result = average.module if average else model
     parts = dict(model=model, optimizer=optimizer) | (dict(average=average) if average else {})
-    if first:
-        load_parts(parts, state, folder)
-    model.about = result.about = about_weights(model, data, run)  # now: `validate` may ask for it
 
     def save(step):
         model.about = result.about = model.about | dict(num_steps=o.trained + step)
@@ -238,12 +237,16 @@ def fit(
         return step, monotonic()
 
     saved, saved_at = first, monotonic()
-    one_shape = isinstance(data, Images) and run["recipe"] in RECIPES
-    gradients = Graph() if one_shape and device.type == "cuda" and world == 1 else backward
+    ours = isinstance(data, Images) and recipe in RECIPES.values() and not hasattr(model, "net")  # can be recorded
+    gradients = Graph() if ours and device.type == "cuda" and world == 1 else backward
     source = batches(data, first, o, device, overview=recipe is overview)
     bar = tqdm(range(first, o.num_steps), initial=first, total=o.num_steps, disable=not progress or rank, unit="step")
     with patient() as asked, contextlib.ExitStack() as behind:
-        behind.callback(accelerate, model, was_fast)
+        for end in (source.close, model.eval, partial(accelerate, model, was_fast)):
+            behind.callback(end)
+        if first:
+            load_parts(parts, state, folder)
+        model.about = result.about = about_weights(model, data, run)  # now: `validate` may ask for it
         for step, (x, y) in zip(bar, source):
             optimizer.param_groups[0]["lr"] = learning_rate(step, o)
             totals = gradients(network, x, y, o.accumulate)
@@ -267,10 +270,10 @@ def fit(
                 saved, saved_at = save(step + 1)
             if stopping:
                 bar.close()
+                model.load_state_dict(result.state_dict())
                 raise KeyboardInterrupt(f"stopped after step {step}" + ", saved" * (folder is not None))
     save(o.num_steps)
     model.load_state_dict(result.state_dict())
-    model.eval()
     return log
 
 
@@ -300,7 +303,7 @@ def about_weights(model, data, run):
     new |= dict(window=run["window"]) if recipe == "overview" else {}
     new |= dict(suite=run["suite"]) if isinstance(data, Images) else {}
     new |= dict(images=len(data)) if isinstance(data, Images | Dataset) else {}
-    return about | {name: v for name, v in new.items() if v}
+    return {name: v for name, v in about.items() if name not in new} | {name: v for name, v in new.items() if v}
 
 
 class Step(nn.Module):
@@ -350,7 +353,7 @@ class Graph:
 
     def record(self, network, x, y, accumulate):
         self.x, self.y = x.clone(), y.clone()
-        work, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        work, here = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
         work.wait_stream(here)
         with torch.cuda.stream(work):
             for _ in range(3):  # libraries choose their kernels before the recording
@@ -358,7 +361,8 @@ class Graph:
         here.wait_stream(work)
         network.zero_grad()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # workers may pin memory meanwhile
+        # workers may pin memory meanwhile; `work` is of x's device, which need not be the current one
+        with torch.cuda.stream(work), torch.cuda.graph(graph, stream=work, capture_error_mode="thread_local"):
             self.totals = backward(network, self.x, self.y, accumulate)
         return graph
 
@@ -417,8 +421,8 @@ def find_data(data, o, given):
         o.shares = SHARES[o.suite] | o.shares  # so that a checkpoint has them, and goes on with them
         if strange := sorted({*data.pairs} - {*COLUMNS[o.suite]}):
             raise InputError(f"there are pairs of {', '.join(strange)}, not in suite {o.suite!r}: pass one that has it")
-    elif "shares" in given:
-        raise InputError("shares are those of degradations: they go with clean images, not with pairs")
+    elif wrong := sorted({"shares", "suite", "mild"} & {name for name in given if given[name]}):
+        raise InputError(f"{', '.join(wrong)}: of degradations, which pairs bring along: leave that out")
     elif isinstance(data, Dataset) and not (hasattr(data, "__len__") and len(data)):
         raise InputError(f"the data set {type(data).__name__} is empty or has no length: pass a DataLoader of it")
     return data
@@ -436,7 +440,7 @@ def batches(data, first, o, device, overview=False):
         make = partial(batch, data, device="cpu" if o.num_workers else device, **options)
         epochs = [load(range(first, o.num_steps), batch_size=None, collate_fn=make)]  # step -> its batch
     else:
-        epochs = in_order(data, first, o, load) if isinstance(data, Dataset) else itertools.repeat(data)
+        epochs = in_order(data, first, o, load) if isinstance(data, Dataset) else again_and_again(data)
     for epoch in epochs:
         x = None
         for item in epoch:
@@ -474,6 +478,13 @@ def cut(x, y, side, overview=False):
     top, left = (int(torch.randint(n - side + 1, ())) if side else 0 for n in (H, W))
     part, y = (t[..., top : top + (side or H), left : left + (side or W)] for t in (x, y))
     return (torch.cat([part, F.interpolate(x, part.shape[-2:], mode="area")], 1) if overview else part), y
+
+
+def again_and_again(data):
+    for epoch in itertools.count():
+        if hasattr(own := getattr(data, "dataset", None), "set_epoch"):  # of a DataLoader
+            own.set_epoch(epoch)
+        yield data
 
 
 def leave_interrupts(_):
@@ -528,7 +539,10 @@ def processes(device: Any = None):
 # ----------------------------------------------------------------------------------------------------- checkpoints
 def clear(folder, log):
     """Write the log so far, so that a place that cannot be written is found out now, and remove what a killed process
-    left half-written."""
+    left half-written. Raises InputError where the log of another training would be lost."""
+    path = folder / "log.csv"
+    if not log and path.exists() and path.stat().st_size > 2:  # a line's end is written before the first step
+        raise InputError(f"{str(path)!r} is of a training whose checkpoint.pt is gone: move it, or pass another folder")
     write_log(folder, log)
     for name in FILES:
         for left in folder.glob(f".[0-9]*.{name}"):
@@ -539,6 +553,8 @@ def load_parts(parts, state, folder):
     """Give model, optimizer and average what a checkpoint has of them. Raises InputError where it does not fit."""
     try:  # names and shapes first, before the model is touched
         copy.deepcopy(parts["model"]).to("meta").load_state_dict({n: t.to("meta") for n, t in state["model"].items()})
+        fused = parts["optimizer"].defaults["fused"]  # of the device of today
+        state["optimizer"]["param_groups"][0]["fused"] = fused
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
     except (ValueError, RuntimeError) as e:  # a wrapped network that has changed
@@ -620,8 +636,11 @@ def read_checkpoint(folder, model):
                 raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state if "log" in state else upgrade(state, folder, model)
+    except (PermissionError, MemoryError):
+        raise
     except Exception as e:  # damaged pickles raise anything
-        raise InputError(f"{str(path)!r} is not a whole checkpoint: delete it, or pass another folder") from e
+        advice = "delete it and log.csv, or pass another folder"
+        raise InputError(f"{str(path)!r} is not a whole checkpoint: {advice}") from e
 
 
 RENAMED = dict(setting="suite", steps="num_steps", count="batch_size", size="crop_size", peak="lr")

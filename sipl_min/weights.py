@@ -97,24 +97,31 @@ def load(source: Name | dict[str, Any] = "nano", device: Any = None, net: torch.
         content, header = read(path) if path else (source, {})
         tensors, header = unwrap(content, header)
         wrapped = "encoder" in header.get("settings", {})
+        if net is not None and not wrapped:
+            advice = "leave out net"
+            raise ValueError("it holds no network wrapped by SIPL.wrap")
         if wrapped:
             advice = "pass the network that it was saved around, SIPL.load(..., net=the_network)"
         else:
             tensors = modernize(tensors, name)
         settings = header["settings"] if header else infer(tensors, name)
-        model = build(settings, tensors, net)
+        model = build(settings, tensors, net, "meta")  # there it takes no memory, whatever a file asks for
         if not header:
             names = {published_name(n, model.settings.backbone): n for n in model.state_dict()}
             tensors = {names.get(n, n): t for n, t in tensors.items()}
         # raises where names or shapes differ, before `net` is touched or memory is taken
         copy.deepcopy(model).to("meta").load_state_dict({n: t.to("meta") for n, t in tensors.items()})
-        model.about = dict(header.get("about", {}))
+        about = dict(header.get("about", {}))
     except Exception as e:  # a strange file can raise anything
         reason = f"{e.args[0]} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())[:200].rstrip(". ")
         raise InputError(f"{name}: {reason}: {advice}") from e
-    place = next(net.parameters(), torch.empty(0)).device if wrapped else "cpu"
-    (model.fusion if wrapped else model).to_empty(device=place)
+    if wrapped:
+        model.fusion.to_empty(device=next(net.parameters(), torch.empty(0)).device)
+    else:
+        with torch.random.fork_rng(devices=[]):  # anew: a backbone may hold what no file has
+            model = build(settings, tensors, None, "cpu")
     model.load_state_dict(tensors)
+    model.about = about
     return model.to(device).eval()
 
 
@@ -188,10 +195,10 @@ def modernize(tensors, name):
     return renamed
 
 
-def build(settings, tensors, net):
-    """The model of these settings, still on the meta device: there it takes no memory, whatever a file asks for."""
+def build(settings, tensors, net, device):
+    """The model of these settings, untrained."""
     settings = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items() if n != "aligned"}
-    with torch.device("meta"):
+    with torch.device(device):
         if "encoder" in settings and net is None:
             raise ValueError("it holds a network wrapped by SIPL.wrap")
         if "encoder" in settings:
@@ -199,10 +206,11 @@ def build(settings, tensors, net):
         if (name := settings.get("backbone", "promptir")) not in BACKBONES:
             raise ValueError(f"its backbone {name!r} is not known here: enter it into sipl.BACKBONES first")
         s = Settings(**settings)
-        if sum(s.blocks) + s.refinement + s.middle + sum(s.decoder_blocks) > len(tensors):
+        if name in FAMILIES and sum(s.blocks) + s.refinement + s.middle + sum(s.decoder_blocks) > len(tensors):
             raise ValueError("its settings ask for more blocks than it has tensors")
         model = SIPL("paper", **settings)
-    if not any(re.match(r"encoder.*\.norm\d\.(body\.)?bias$", n) for n in tensors):  # Restormer's BiasFree
+    norms = [n for n in tensors if re.match(r"encoder.*\.norm\d\.(body\.)?bias$", n)]
+    if name in FAMILIES and not norms:  # Restormer's BiasFree
         for module in [*model.encoder.modules(), *model.decoder.modules()]:
             if isinstance(module, LayerNorm2d):
                 module.__class__, module.bias = BiasFreeNorm, None

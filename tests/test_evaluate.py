@@ -13,6 +13,7 @@ from conftest import rand, tiny
 from skimage.metrics import structural_similarity
 
 from sipl_min import InputError, datasets, evaluate
+from sipl_min.backbones import nafnet_local
 from sipl_min.degrade import COLUMNS
 from sipl_min.evaluate import Rows, average, center, embedded, keep, markdown, measure, pair, psnr, real, ssim, table
 from sipl_min.fast import FAST, accelerate
@@ -174,6 +175,18 @@ def test_a_file_of_another_run_is_refused_and_stays(tmp_path):
     for name, message in (("a.md", "ends in .csv"), ("folder.csv", "cannot write"), ("a.csv/b.csv", "cannot write")):
         with pytest.raises(InputError, match=message):
             Rows(tmp_path / name, **options)
+
+
+def test_rows_of_the_same_weights_in_another_loop_are_of_another_run(tmp_path):
+    cases, model = [(rand(1, 3, 16, 16), rand(1, 3, 16, 16, seed=1))], tiny()
+    quick(model, cases, 1, output=tmp_path / "a.csv")
+    model.about = dict(recipe="again")
+    with pytest.raises(InputError, match="was begun with .*, not .* feedback=again"):
+        quick(model, cases, 1, output=tmp_path / "a.csv")
+    naf = tiny(backbone="nafnet", fusion=False)
+    quick(naf, cases, 0, output=tmp_path / "b.csv")
+    with pytest.raises(InputError, match="was begun with .*, not .* window=24"):
+        quick(nafnet_local(naf, 16), cases, 0, output=tmp_path / "b.csv")
 
 
 def test_an_interrupted_run_goes_on(lol, tmp_path):

@@ -121,6 +121,13 @@ def test_the_attention_matrix_never_exists(model):
     assert seen.elements <= 64 * 64 * 32 * 32 // 10
 
 
+def test_what_restored_in_inference_mode_can_be_trained():
+    model = tiny()
+    with torch.inference_mode():
+        model.restore(rand(3, 16, 16), 1)
+    model(rand(1, 3, 16, 16)).mean().backward()
+
+
 def test_threads_may_restore_with_one_plain_model(model):
     photo, failed, before = rand(3, 24, 32), [], sys.getswitchinterval()
     right = model.restore(photo, 1)

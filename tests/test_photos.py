@@ -104,6 +104,8 @@ def test_colors_survive_every_way_of_storing_them(tmp_path):
     assert (read(tmp_path / "g.png")[..., 1] == 0).all()
     Image.new("P", (20, 16)).save(tmp_path / "p.png", transparency=0)
     assert read(tmp_path / "p.png").shape == (16, 20, 4)
+    Image.fromarray(np.full((16, 20), 9400, np.uint16)).save(tmp_path / "clear.png", transparency=9400)
+    refused("a color that stands for transparent is not read from 16 bits", read, tmp_path / "clear.png")
 
 
 def test_kinds_of_tiff(tmp_path):
@@ -124,8 +126,21 @@ def test_kinds_of_tiff(tmp_path):
         write(tmp_path / "copy.jpg", noise(6, 9, 3), like=tmp_path / name)
         with Image.open(tmp_path / "copy.jpg") as copy:
             assert "dpi" not in copy.info, "no resolution is invented"
-    tifffile.imwrite(tmp_path / "planes.tif", noise(3, 18, 19), photometric="rgb", planarconfig="separate")
-    assert np.array_equal(read(tmp_path / "planes.tif"), noise(3, 18, 19).transpose(1, 2, 0))
+    for planes in (noise(3, 18, 19), noise(3, 18, 19, dtype=np.uint16), noise(3, 18, 19).astype(np.float32) / 255):
+        tifffile.imwrite(tmp_path / "planes.tif", planes, photometric="rgb", planarconfig="separate")
+        found = read(tmp_path / "planes.tif")
+        assert found.dtype == planes.dtype and np.array_equal(found, planes.transpose(1, 2, 0)), (
+            "all bits of all planes"
+        )
+    for gray, right in (
+        (deep[..., 0], ~deep[..., 0]),
+        (noise(18, 19), noise(18, 19)),
+    ):  # Pillow inverts what has 8 bits
+        Image.fromarray(gray).save(tmp_path / "white.tif", compression="tiff_lzw", tiffinfo={262: 0})
+        assert np.array_equal(read(tmp_path / "white.tif"), right), "0 is white"
+    write(tmp_path / "la.tif", noise(6, 9, 2))
+    with Image.open(tmp_path / "la.tif") as image:
+        assert image.mode == "LA", "alpha for other programs, too"
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -205,8 +220,17 @@ def test_animations_and_pages_are_refused(tmp_path):
     assert np.array_equal(read(tmp_path / "before.tif"), noise(20, 30, 3))
     with tifffile.TiffWriter(tmp_path / "planes.tif") as f:
         f.write(noise(5, 8, 3), photometric="rgb", metadata=None, subfiletype=1)
-        f.write(noise(3, 20, 30), photometric="rgb", metadata=None, planarconfig="separate")
+        f.write(noise(20, 30, 4), photometric="separated", metadata=None)  # CMYK, which Pillow reads
     refused("its first page is a thumbnail", read, tmp_path / "planes.tif")
+    tifffile.imwrite(tmp_path / "cmyk.tif", noise(20, 30, 4, dtype=np.uint16), photometric="separated")
+    refused("more than 8 bits a channel are not read here, convert it", read, tmp_path / "cmyk.tif")
+
+
+def test_a_photo_with_a_strange_tag_comes_upright(tmp_path):
+    strange = struct.pack("<HHI4sHHI4sI", 0x0112, 3, 1, b"\6\0\0\0", 0x0100, 2, 4, b"300\0", 0)  # a width that is text
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + strange
+    Image.fromarray(noise(20, 32, 3)).save(tmp_path / "a.jpg", exif=exif)
+    assert read(tmp_path / "a.jpg").shape == (32, 20, 3)
 
 
 # ------------------------------------------------------------------------------------- what else is in a file stays
@@ -218,6 +242,7 @@ def test_profile_exif_and_resolution_are_carried_through(tmp_path, name):
     exif.get_ifd(GPS)[1] = "N"
     text.add_text("Title", "a title")
     text.add_itxt("Author", "Ünïcode")
+    text.add_itxt("XML:com.adobe.xmp", "<x:xmpmeta/>")
     carried = dict(exif=exif, dpi=(300, 300), icc_profile=SRGB, pnginfo=text)
     Image.fromarray(noise(20, 30, 3)).save(tmp_path / "8.png", **carried)
     image = noise(20, 30, dtype=np.uint16) if "deep" in name else noise(20, 30, 3)
@@ -234,6 +259,9 @@ def test_profile_exif_and_resolution_are_carried_through(tmp_path, name):
             assert copy.info["dpi"] == pytest.approx((300, 300), abs=0.1)
         if name.endswith("png"):
             assert copy.text["Title"] == "a title" and copy.text["Author"] == "Ünïcode"
+            assert (
+                b"<x:xmpmeta/>" in copy.info["xmp"].encode() if isinstance(copy.info["xmp"], str) else copy.info["xmp"]
+            )
 
 
 @pytest.mark.parametrize("quality, subsampling", [(30, 0), (92, 1), (92, 2), (95, 0)])
@@ -486,6 +514,10 @@ def test_what_cannot_work_is_refused_before_the_first_photo(tmp_path, photo):
     assert not (tmp_path / "out").exists()
     refused("cannot write to the folder", restore_folder, tiny(), tmp_path / "in", tmp_path / "in" / "a.png")
     refused("mode 'P': pass its file, or photo.convert", tiny().restore, Image.fromarray(photo).quantize())
+    deep = noise(18, 19, dtype=np.uint16)
+    assert np.array_equal(tiny().restore(Image.fromarray(deep)), tiny().restore(deep)), "16 bits stay"
+    refused("no file '.*nowhere.png'", restore_folder, tiny(), tmp_path / "nowhere.png", tmp_path / "new" / "a.png")
+    assert not (tmp_path / "new").exists()
     assert np.array_equal(tiny().restore(Image.fromarray(photo)), tiny().restore(photo))
 
 

@@ -94,6 +94,12 @@ def test_photos_of_one_stem_are_two(tmp_path, monkeypatch):
         iio.imwrite(tmp_path / "test" / name, np.full((32, 32, 3), value, np.uint8))
     rows = study.run("capacity", tmp_path, test=tmp_path / "test", weights=["nano-backbone"], size=32)
     assert {row["photo"] for row in rows} == {"a.jpg", "a.png", "b/a.png"}
+    for name in ("nano-backbone", "nano-authors"):  # another network in the same folder
+        SIPL.load(name).save(tmp_path / "weights")
+        if name == "nano-backbone":
+            study.run("capacity", tmp_path / "other", test=tmp_path / "test", weights=[tmp_path / "weights"], size=32)
+    with pytest.raises(InputError, match="was begun with"):
+        study.run("capacity", tmp_path / "other", test=tmp_path / "test", weights=[tmp_path / "weights"], size=32)
 
 
 def test_weights_can_be_measured_and_costs_counted(tmp_path, capsys, monkeypatch):

@@ -20,7 +20,7 @@ from conftest import rand, tiny
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sipl_min import SIPL, InputError, train
-from sipl_min.data import Images
+from sipl_min.data import Degraded, Images
 from sipl_min.degrade import SHARES
 from sipl_min.fast import accelerate
 
@@ -30,7 +30,8 @@ SMALL = dict(batch_size=1, crop_size=8, save_every=2)
 
 def run(folder=None, num_steps=8, model=None, data=FLAT, **overrides):
     model = model or tiny()
-    options = dict(batch_size=2, crop_size=16, warmup=2, save_every=3, suite="three_task", progress=False)
+    options = dict(batch_size=2, crop_size=16, warmup=2, save_every=3, progress=False)
+    options |= dict(suite="three_task") if isinstance(data, list | Images) else {}
     log = train.fit(model, data, folder=folder, num_steps=num_steps, **{**options, **overrides})
     return model, log
 
@@ -198,6 +199,14 @@ def test_ctrl_c_saves_weights_that_load_and_the_next_call_goes_on(tmp_path, unbr
     assert SIPL.load(tmp_path / "model.safetensors").about == resumed.about
 
 
+def test_what_is_interrupted_leaves_the_average_and_a_model_as_it_was(tmp_path):
+    model = tiny()
+    with pytest.raises(KeyboardInterrupt, match="after step 4"):
+        run(tmp_path, model=model, recipe=at(5, press_ctrl_c), ema=0.9)
+    assert torch.equal(flat(model), flat(SIPL.load(tmp_path / "model.safetensors"))), "the average, as the file has it"
+    assert not model.training and type(model.encoder.levels[0][0]).__name__ == "Block", "plain, in evaluation mode"
+
+
 def test_in_another_thread_it_trains_too():
     with ThreadPoolExecutor(1) as pool:
         assert len(pool.submit(run, None, 1).result()[1]) == 1
@@ -321,8 +330,9 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_model_alone(tmp_path):
     model = wrapped(6)
     before = flat(model)
     with pytest.raises(InputError, match="checkpoint.pt' is of another model, pass another folder"):
-        run(tmp_path, 3, model)
+        run(tmp_path, 3, model.eval())
     assert torch.equal(flat(model), before)
+    assert not model.training and {type(f.read).__name__ for f in model.fusion} == {"CrossAttention"}, "plain"
 
 
 def test_processes_work_on_as_many_parts_each(monkeypatch):
@@ -444,12 +454,26 @@ def test_any_iterable_of_batches():
     y = torch.rand(6, 3, 16, 16)
     loader = DataLoader(TensorDataset(y, y), batch_size=4)  # the last batch of an epoch is smaller
     assert len(run(data=loader)[1]) == 8
+    with pytest.raises(InputError, match="mild: of degradations, which pairs bring along: leave that out"):
+        run(data=loader, mild=0.5)
     with pytest.raises(InputError, match="there are no more batches: pass what can be gone through again"):
         run(data=((y, y) for _ in range(3)))
     with pytest.raises(InputError, match=r"clean images must have values in \[0, 1\], not 0.* to 25"):
         run(data=DataLoader(TensorDataset(y, 255 * y), batch_size=4))
     with pytest.raises(InputError, match=r"degraded images must have values around \[0, 1\], not up to 25"):
         run(data=DataLoader(TensorDataset(255 * y, y), batch_size=4))
+
+
+def test_a_loader_of_a_data_set_that_counts_epochs_has_other_crops_in_each():
+    seen = []
+
+    def recipe(model, x, y):
+        seen.append(x)
+        return model(x)
+
+    loader = DataLoader(Degraded(Images(FLAT), "three_task", 16), batch_size=3)
+    run(data=loader, model=tiny(fusion=False), num_steps=2, recipe=recipe)
+    assert not torch.equal(*seen)
 
 
 @pytest.mark.parametrize(
@@ -495,7 +519,7 @@ def test_fine_tuning_is_told(capsys):
     model, _ = run(num_steps=1)
     capsys.readouterr()
     run(num_steps=1, model=model, lr=1e-3, progress=True)
-    told = "fine-tuning weights with 1 steps behind them: recipe=authors, lr=0.001, warmup=2, ema=0.99"
+    told = "fine-tuning weights with 1 steps behind them: recipe=authors, lr=0.001, warmup=2, ema=0.99, decibels=0.0"
     assert told in capsys.readouterr().out
 
 
@@ -623,7 +647,7 @@ def test_a_training_goes_on_with_its_own_shares(tmp_path, monkeypatch):
             monkeypatch.setitem(SHARES["three_task"], "SOTS", 1000)
         logs.append(run(tmp_path / name, 6)[1])
     assert logs[0] == logs[1] != run(num_steps=6)[1]
-    with pytest.raises(InputError, match="go with clean images, not with pairs"):
+    with pytest.raises(InputError, match="shares: of degradations, which pairs bring along"):
         run(data=TensorDataset(torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)), shares=dict(SOTS=2))
     mine = dict(SOTS=np.int64(2))
     assert run(tmp_path / "numpy", 2, shares=mine)[1] == run(num_steps=2, shares=dict(SOTS=2))[1]
@@ -668,13 +692,16 @@ def test_a_damaged_checkpoint_gets_one_sentence_and_runs_no_code(tmp_path, monke
         try:
             again, _ = run("run", 1)  # finished: it only loads
         except InputError as e:
-            assert "delete it, or pass another folder" in str(e) and "\n" not in str(e)
+            assert "delete it and log.csv, or pass another folder" in str(e) and "\n" not in str(e)
             assert path.read_bytes() == case
             refused += 1
         else:  # a bit that means nothing
             assert torch.equal(flat(model), flat(again))
     assert refused > 0.8 * len(cases) and not Path("evil").exists()
-    path.unlink()  # as advised
+    path.unlink()
+    with pytest.raises(InputError, match="log.csv' is of a training whose checkpoint.pt is gone: move it, or pass"):
+        run("run", 1)
+    Path("run/log.csv").unlink()  # as advised
     assert torch.equal(flat(run("run", 1)[0]), flat(model))
     counted("faults in training checkpoints: refused, or the right weights", len(cases))
 
@@ -737,6 +764,9 @@ def test_trained_weights_keep_their_recipe_and_suite_and_are_treated_gently(tmp_
     assert train.finetune_options(backbone)["recipe"] == "backbone"
     assert train.finetune_options(tiny(), start="published weights")["lr"] <= 2e-4
     nano = SIPL.from_pretrained("nano")  # a recipe of one's own may hold a loss, which PSNR would be added to
+    run(num_steps=1, model=nano, decibels=0.0)
+    assert "decibels" not in nano.about, "what was trained with is not told any more"
+    nano = SIPL.from_pretrained("nano")
     assert train.finetune_options(nano)["decibels"] > 0 and "decibels" not in train.finetune_options(nano, recipe=flat)
 
 

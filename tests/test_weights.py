@@ -20,13 +20,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from conftest import rand, tiny
 from safetensors.torch import load_file, save_file
 
-from sipl_min import SIPL, InputError, weights
+from sipl_min import SIPL, InputError, sipl, weights
 from sipl_min.backbones import BiasFreeNorm, nafnet_local
 from sipl_min.fast import accelerate
 from sipl_min.files import asset
+from sipl_min.sipl import LayerNorm2d
 from sipl_min.weights import load
 
 HERE = Path(__file__).parent
@@ -230,6 +233,45 @@ def test_save_and_load_give_the_same_model(backbone, tmp_path):
         assert torch.equal(again(x), model(x))
         torch.nn.init.zeros_(again.encoder.embed.weight)
         assert model.encoder.embed.weight.abs().sum() > 0, "copied, not shared"
+
+
+class Own(nn.Module):
+    """The encoder of a backbone of one's own: a buffer that no file has, a norm of its own name, no blocks."""
+
+    multiple, padding = 8, "reflect"
+
+    def __init__(self, s):
+        super().__init__()
+        self.steps = nn.ModuleList(nn.Conv2d(a, b, 2, 2) for a, b in zip([3, *s.dims[1:]], s.dims[1:]))
+        self.norm = LayerNorm2d(s.dims[1])
+        self.register_buffer("mean", torch.full((3, 1, 1), 0.5), persistent=False)
+
+    def forward(self, x):
+        features = [x]
+        for i, step in enumerate(self.steps):
+            features.append(step(features[-1] - (0 if i else self.mean)))
+        return [x, self.norm(features[1]), *features[2:]]
+
+
+class OwnDecoder(nn.Module):
+    def __init__(self, s):
+        super().__init__()
+        self.out = nn.Conv2d(s.dims[1], 3, 1)
+
+    def forward(self, x, features, fuse):
+        h = [fuse(i, features[i + 1]) for i in (2, 1, 0)]
+        return x + F.interpolate(self.out(h[-1]), x.shape[-2:])
+
+
+def test_a_backbone_of_ones_own_comes_back_whole(tmp_path, monkeypatch):
+    monkeypatch.setitem(sipl.BACKBONES, "own", (Own, OwnDecoder))
+    model, x = SIPL("paper", backbone="own", dim=8, fusion=False), rand(1, 3, 16, 24)
+    model.save(tmp_path / "own.safetensors")
+    state = torch.get_rng_state()
+    assert torch.equal(load(tmp_path / "own.safetensors")(x), model(x))
+    assert torch.equal(torch.get_rng_state(), state), "loading draws no random number"
+    with pytest.raises(InputError, match="own.safetensors': it holds no network wrapped by SIPL.wrap: leave out net"):
+        load(tmp_path / "own.safetensors", net=nn.Identity())
 
 
 def test_folders_and_names(tmp_path):
