@@ -1,7 +1,6 @@
 """Weights on disk: the project's own files, and PromptIR, Restormer, AdaIR, NAFNet and SIPL as they were published.
 
-What a file holds is told by its content, not by its name. Nothing in it is run. Nothing is downloaded
-but a model that was asked for by its id on the Hugging Face hub, where `huggingface_hub` is installed."""
+What a file holds is told by its content, not by its name. Nothing in it is run, and nothing is downloaded."""
 
 import copy
 import json
@@ -12,7 +11,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +82,8 @@ def load(source: Name | dict[str, Any] = "nano", device: Any = None, net: torch.
     """A model with trained weights, in float32 and in evaluation mode; a backbone alone where the weights are that.
 
     Args:
-        source: one of INCLUDED; a file of `save`, its folder, or the id of such a folder on the Hugging Face hub; a
-            training's `checkpoint.pt`; a state dict of ours or a published one, or a file of it, also in the wrappers
-            of Lightning, BasicSR, DataParallel or torch.compile.
+        source: one of INCLUDED; a file of `save`, or its folder; a training's `checkpoint.pt`; a state dict, ours or a
+            published one, or a file of it, also in the wrappers of Lightning, BasicSR, DataParallel or torch.compile.
         net: the network around which a file of `SIPL.wrap` was saved; it gets its weights back, in its own dtype.
     Where no settings come with the weights they follow from the shapes.
     Raises InputError where weights are missing, damaged, or of a kind not known here."""
@@ -126,20 +123,11 @@ def load(source: Name | dict[str, Any] = "nano", device: Any = None, net: torch.
 
 
 def find(source):
-    """The path of what `load` was given by name; a model of the Hugging Face hub, "user/model", is fetched."""
+    """The path of what `load` was given by name."""
     path = asset(f"{source}.safetensors") if source in INCLUDED else Path(source)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.exists() and find_spec("huggingface_hub"):
-        from huggingface_hub import snapshot_download
-
-        try:
-            path = Path(snapshot_download(source, allow_patterns=["model.safetensors", "config.json"]))
-        except Exception as e:  # no network, no such model, no right to it
-            reason = str(e).split("\n")[0]
-            raise InputError(f"{source!r} is no file here, nor to be had from the Hugging Face hub: {reason}") from e
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
-        hub = "for an id of the Hugging Face hub install huggingface_hub"
-        raise InputError(f"{str(path)!r}: no such file: check the path, use one of {', '.join(INCLUDED)}, or {hub}")
+        raise InputError(f"{str(path)!r}: no such file: check the path, or use one of {', '.join(INCLUDED)}")
     return path
 
 

@@ -12,10 +12,8 @@ import functools
 import json
 import os
 import re
-import sys
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,32 +279,8 @@ def test_folders_and_names(tmp_path):
     assert config["settings"]["dim"] == 8 and config["about"] == {}
     assert torch.equal(SIPL.from_pretrained(tmp_path / "folder").refine(x), model.refine(x))
     for nowhere in ("nowhere.pth", tmp_path, "nanoo", "org/name"):
-        with pytest.raises(
-            InputError, match="no such file: check the path, use one of nano, .* install huggingface_hub"
-        ):
+        with pytest.raises(InputError, match="no such file: check the path, or use one of nano, nano-authors"):
             load(nowhere)
-
-
-def test_an_id_of_the_hub_is_asked_for_only_where_there_is_no_such_path(tmp_path, monkeypatch):
-    model, asked = tiny(), []
-    model.save_pretrained(tmp_path / "cache")
-
-    def snapshot_download(name, allow_patterns):
-        asked.append(name)
-        if name == "user/model":
-            return str(tmp_path / "cache")
-        raise OSError("no network\ndetails")
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
-    monkeypatch.setattr(weights, "find_spec", lambda name: name == "huggingface_hub")
-    monkeypatch.chdir(tmp_path)
-    assert SIPL.from_pretrained("user/model").settings == model.settings
-    with pytest.raises(InputError, match="'user/other' is no file here, .* hub: no network$"):
-        load("user/other")
-    model.save(tmp_path / "runs" / "model.safetensors")
-    SIPL.load("runs/model.safetensors")
-    SIPL.load("nano")
-    assert asked == ["user/model", "user/other"]
 
 
 def test_training_checkpoints_load(tmp_path):
