@@ -21,6 +21,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 from . import datasets
+from .backbones import NAFBlock
 from .data import hash_seed, held_out, installed, load
 from .degrade import COLUMNS, check_suite, degrade, generator, jpeg, noise
 from .fast import accelerated
@@ -255,7 +256,7 @@ def measure(model, cases, steps=None, against=None, output=None, progress=True):
     dtype = next(model.parameters()).dtype  # what is usual is not named, as in files of earlier versions
     about = dict(dtype=dtype) if dtype.itemsize < 4 else {}
     about |= dict(feedback=default_feedback(model)) if default_feedback(model) != "privilege" else {}
-    about |= {"window": m.window for m in model.modules() if getattr(m, "window", None)}  # of NAFNetLocal
+    about |= {"window": m.window for m in model.modules() if isinstance(m, NAFBlock) and m.window}
     rows = Rows(output, KEYS, VALUES, steps=steps, weights=weights, **about)
     names = ["input"] + ["backbone"] * len(others) + [f"y{t}" for t in range(steps + 1)]
     with accelerated(model, *others):
