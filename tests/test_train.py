@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import rand, tiny
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from sipl_min import SIPL, InputError, train
 from sipl_min.data import Degraded, Images
@@ -347,8 +347,6 @@ def test_processes_work_on_as_many_parts_each(monkeypatch):
         monkeypatch.setattr(train, "ranks", lambda rank=rank: (rank, 2))
         train.backward(network, x, x, 2)
     assert parts == [2, 1], "they wait for each other after each part"
-    with pytest.raises(InputError, match="a batch of 1 gives no image to some of 2 processes"):
-        train.backward(network, x[:1], x[:1], 1)
 
 
 def test_a_batch_in_parts_is_the_same_batch():
@@ -443,61 +441,10 @@ def test_a_data_set_goes_on_at_the_right_batch(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_with_workers_it_trains_as_without():
-    from sipl_min.data import Degraded
 
     for data in (Degraded(FLAT, "cdd11", 16), FLAT):
         alone, workers = (run(None, 4, data=data, num_workers=n)[0] for n in (0, 2))
         assert torch.equal(flat(alone), flat(workers))
-
-
-def test_any_iterable_of_batches():
-    y = torch.rand(6, 3, 16, 16)
-    loader = DataLoader(TensorDataset(y, y), batch_size=4)  # the last batch of an epoch is smaller
-    assert len(run(data=loader)[1]) == 8
-    with pytest.raises(InputError, match="mild: of degradations, which pairs bring along: leave that out"):
-        run(data=loader, mild=0.5)
-    with pytest.raises(InputError, match="there are no more batches: pass what can be gone through again"):
-        run(data=((y, y) for _ in range(3)))
-    with pytest.raises(InputError, match=r"clean images must have values in \[0, 1\], not 0.* to 25"):
-        run(data=DataLoader(TensorDataset(y, 255 * y), batch_size=4))
-    with pytest.raises(InputError, match=r"degraded images must have values around \[0, 1\], not up to 25"):
-        run(data=DataLoader(TensorDataset(255 * y, y), batch_size=4))
-
-
-def test_a_loader_of_a_data_set_that_counts_epochs_has_other_crops_in_each():
-    seen = []
-
-    def recipe(model, x, y):
-        seen.append(x)
-        return model(x)
-
-    loader = DataLoader(Degraded(Images(FLAT), "three_task", 16), batch_size=3)
-    run(data=loader, model=tiny(fusion=False), num_steps=2, recipe=recipe)
-    assert not torch.equal(*seen)
-
-
-@pytest.mark.parametrize(
-    "item, message",
-    [
-        (dict(lq=rand(3, 16, 16), gt=rand(3, 16, 16)), "a batch must be two tensors .*, not dict and NoneType"),
-        ((rand(16, 16, 3), rand(16, 16, 3)), r"not \(1, 16, 16, 3\) and \(1, 16, 16, 3\)"),
-        (
-            (rand(3, 16, 16), 1.001 * rand(3, 16, 16).clamp(0.999)),
-            r"values in \[0, 1\], not 0.99.* to 1.000.*: scale or clamp",
-        ),
-        ((rand(3, 16, 16) * torch.nan, rand(3, 16, 16)), "degraded images must have values around .*, not up to nan"),
-    ],
-)
-def test_what_is_no_batch_of_images_is_named(item, message):
-    with pytest.raises(InputError, match=message):
-        run(data=DataLoader([item]))
-
-
-def test_data_of_any_float_type_but_not_without_a_length():
-    y = rand(4, 3, 16, 16).double()
-    assert len(run(data=TensorDataset(y.half(), y), num_steps=2)[1]) == 2
-    with pytest.raises(InputError, match="the data set TensorDataset is empty or has no length: pass a DataLoader"):
-        run(data=TensorDataset(y[:0], y[:0]))
 
 
 def test_a_recipe_may_hold_another_loss_and_returns_estimates():
@@ -510,17 +457,19 @@ def test_a_recipe_may_hold_another_loss_and_returns_estimates():
     loss, _ = train.Step(model, mine, autocast=False)(x, y)
     e = model(x)
     assert torch.allclose(loss, ((e.mean() - y.mean()).square() + F.l1_loss(e, y)) / 2)
-    for result in ({}, None, [], e.mean(), (e, e.mean()), model.estimates(x)):
-        with pytest.raises(InputError, match="a recipe must return an estimate of y, a tensor of its shape, or a list"):
+    for result in ({}, None, [], e.mean(), (e, e.mean())):  # PyTorch and Python say it
+        with pytest.raises((RuntimeError, TypeError)):
             train.Step(model, lambda *_: result, autocast=False)(x, y)
 
 
-def test_fine_tuning_is_told(capsys):
-    model, _ = run(num_steps=1)
-    capsys.readouterr()
-    run(num_steps=1, model=model, lr=1e-3, progress=True)
-    told = "fine-tuning weights with 1 steps behind them: recipe=authors, lr=0.001, warmup=2, ema=0.99, decibels=0.0"
-    assert told in capsys.readouterr().out
+def test_a_data_set_that_cannot_be_learned_from_is_named():
+    y = rand(4, 3, 16, 16)
+    for x, clean in ((255 * y, y), (y, 255 * y), (y[..., :8], y), (y * torch.nan, y), (y, y - 1e-3)):
+        with pytest.raises(InputError, match="a batch must be degraded and clean images of one shape"):
+            run(data=TensorDataset(x, clean))
+    with pytest.raises(InputError, match="mild: of degradations, which pairs bring along: leave that out"):
+        run(data=TensorDataset(y, y), mild=0.5)
+    assert len(run(data=TensorDataset(y.half(), y.double()), num_steps=2)[1]) == 2
 
 
 def test_pairs_that_a_suite_would_not_use_are_refused():
@@ -554,17 +503,14 @@ def test_bad_folders_of_photos_are_named_before_anything_is_written(tmp_path):
         (dict(num_steps=0), "num_steps=0 must be a positive"),
         (dict(learning_rate=1e-3), "unknown option 'learning_rate'"),
         (dict(num_step=5), "unknown option 'num_step': did you mean 'num_steps'"),
-        (dict(lr="1e-3"), "lr='1e-3' must be a number"),
         (dict(save_every=0), "save_every=0 must be a positive"),
         (dict(lr=float("nan")), "lr=nan must be a positive"),
-        (dict(mild=1.1), "mild=1.1 must be from 0 to 1$"),
         (dict(seed=-1), "seed=-1 must be 0 or more"),
-        (dict(num_steps=1e4), "num_steps=10000.0 must be a whole number"),
         (dict(shares=dict(fog=3)), "shares of 'fog': suite 'three_task' has"),
         (dict(shares=dict(SOTS=-1)), "from 0 on, not SOTS=-1$"),
         (dict(shares=dict(SOTS=0.5)), "from 0 on, not SOTS=0.5$"),
         (dict(shares=dict.fromkeys(SHARES["three_task"], 0)), "all columns of suite 'three_task' are 0"),
-        (dict(ema=1.0), "ema=1.0 must be from 0 to 1, less than 1"),
+        (dict(ema=1.0), "ema=1.0 must be 0 or more, and less than 1"),
         (dict(device="tpu"), "device 'tpu' cannot be used here"),
     ],
 )
@@ -586,14 +532,14 @@ def test_a_checkpoint_of_another_training_is_refused_and_the_advice_works(tmp_pa
     for change, message in (
         (dict(seed=3), r"is of another training \(seed=0, now 3\): repeat its arguments, or pass another folder"),
         (dict(suite="five_task"), r"\(suite='three_task', now 'five_task'\)"),
-        (dict(shares=dict(SOTS=3)), r"\(shares={'SOTS': 1}, now {'SOTS': 3}\)"),
+        (dict(shares=dict(SOTS=3)), r"\(shares={'SOTS': 1, .* now {'SOTS': 3, "),
         (dict(model=tiny(dictionary_size=(5, 4, 2))), r"\(dictionary_size=\[6, 4, 2\], now \[5, 4, 2\]\)"),
-        (dict(data=brighter), r"\(images='\(3, 40, 40\), crc \d+', now '\(3, 40, 40\), crc \d+'\)"),
+        (dict(data=brighter), r"is of another training \(images\): repeat"),
         (dict(num_steps=7), r"has 8 steps behind it: pass num_steps=8 \(--steps 8\) or more"),
     ):
         with pytest.raises(InputError, match=message) as e:
             run(tmp_path, **change)
-        assert len(str(e.value).replace(str(tmp_path), "")) < 200
+        assert len(str(e.value).replace(str(tmp_path), "")) < 300
     assert run(tmp_path)[1] == unbroken[2]
     run(tmp_path / "another", 1, seed=3)
 
@@ -609,16 +555,11 @@ def test_learns_from_parts_of_crops_that_were_damaged_whole(tmp_path, monkeypatc
         assert torch.equal(y[..., place[0] : place[0] + 16, place[1] : place[1] + 16], b)
         places.add(place)
     assert {i for i, _ in places} == {*range(9)} and {j for _, j in places} == {*range(17)}
-    with pytest.raises(InputError, match="window=32 is too large for the crops, 24 x 32 pixels"):
+    with pytest.raises(InputError, match="window=32 does not fit crops of 24 x 32 pixels"):
         train.cut(x, y, 32)
-    with pytest.raises(InputError, match=r"degraded images \(2, 3, 24, 32\) and clean ones \(2, 3, 24, 24\) must"):
-        train.cut(x, y[..., :24], 0)
-    pairs = TensorDataset(x, y)
-    pairs.crop_size = 16  # as `Pairs` have it
-    for data in (FLAT, pairs):
-        with pytest.raises(InputError, match="window=17 is larger than the crops: pass a larger crop_size than 16"):
-            run(tmp_path / "nothing", data=data, window=17)
-    assert not (tmp_path / "nothing").exists()
+    with pytest.raises(InputError, match="window=17 does not fit crops of 16 x 16 pixels"):
+        run(tmp_path / "wrong", window=17)
+    assert len(run(tmp_path / "wrong", window=16)[1]) == 8, "nothing was lost, and nothing stands in the way"
     with pytest.raises(SystemExit):
         run(tmp_path, recipe=at(4, SystemExit), window=8)
     with pytest.raises(InputError, match="another training .window=8, now 0"):
@@ -626,9 +567,11 @@ def test_learns_from_parts_of_crops_that_were_damaged_whole(tmp_path, monkeypatc
     log = run(tmp_path, recipe="authors")[1]  # goes on as it began
     assert log == run(recipe="authors", window=8)[1] != run(recipe="authors")[1]
     for side in (0, 16):  # 16 is the whole crop
-        with pytest.raises(InputError, match="recipe 'overview' needs --window, and a larger --crop-size"):
+        with pytest.raises(
+            InputError, match=f"window={side} .*: recipe 'overview' needs a smaller one, e.g. window=64"
+        ):
             run(recipe="overview", window=side)
-    with pytest.raises(InputError, match="window=24 is too large for the crops, 24 x 32 pixels"):
+    with pytest.raises(InputError, match="window=24 does not fit crops of 24 x 32 pixels"):
         train.cut(x, y, 24, overview=True)
     model = run(tmp_path / "o", recipe="overview", window=8)[0]
     assert SIPL.load(tmp_path / "o" / "model.safetensors").about["window"] == model.about["window"] == 8
@@ -649,25 +592,9 @@ def test_a_training_goes_on_with_its_own_shares(tmp_path, monkeypatch):
     assert logs[0] == logs[1] != run(num_steps=6)[1]
     with pytest.raises(InputError, match="shares: of degradations, which pairs bring along"):
         run(data=TensorDataset(torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)), shares=dict(SOTS=2))
-    mine = dict(SOTS=np.int64(2))
-    assert run(tmp_path / "numpy", 2, shares=mine)[1] == run(num_steps=2, shares=dict(SOTS=2))[1]
-    assert type(mine["SOTS"]) is np.int64, "what was passed is as it was"
-
-
-def test_images_left_out_are_told_and_others_refused(tmp_path, capsys):
-    def images(number, clean=FLAT):
-        found = Images(clean)
-        name = found.names
-        found.names = lambda: [*name(), f"rain: {number} pairs, crc {number}"]
-        return found
-
-    run(tmp_path, 1, data=images(9))
-    run(tmp_path, 1, data=images(7))
-    assert "2 images or pairs left out" in capsys.readouterr().out
-    run(tmp_path, 1, data=images(7, FLAT[1:]))
-    assert "1 images or pairs left out" in capsys.readouterr().out
-    with pytest.raises(InputError, match="is of another training .images"):
-        run(tmp_path, 1, data=images(8, FLAT[1:]))
+    mine = dict(SOTS=2)
+    run(num_steps=1, shares=mine)
+    assert mine == dict(SOTS=2), "what was passed is as it was"
 
 
 class Evil:
