@@ -16,7 +16,7 @@ from . import train as training
 from .data import Images, Pairs, held_out
 from .fast import accelerate
 from .files import atomic_write, exit_code
-from .weights import default_feedback, default_steps, refiner
+from .weights import default_feedback, default_steps
 
 SUITES = ", ".join(degrade.SUITES)
 
@@ -87,7 +87,6 @@ def parse(arguments):
     c.add_argument("--ema", type=float, help="decay of a moving average of the weights, e.g. 0.999: the result then")
     c.add_argument("--decibels", type=float, help="weight of PSNR in the loss, e.g. 0.002: spares good photos")
     c.add_argument("--shares", nargs="+", type=share, metavar="COLUMN=N", help="how often training meets a column")
-    c.add_argument("--window", type=int, help="pixels a side of the part of each crop that is learned from")
     c.add_argument("--mild", type=float, help="share of the crops that are degraded only in part")
     c.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="in bfloat16 (default: on CUDA only)")
     c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
@@ -129,13 +128,14 @@ def demo(options):
 
     matplotlib.use("Agg")  # draw where there is no display
     chosen, model, rows = options.steps, load(options), []
-    if chosen is None and model.fusion and "window" not in model.about:  # shows the loop, though one pass would do
+    if chosen is None and model.fusion:  # shows the loop, though one pass would do
         options.steps = max(options.steps, 1)
     print(f"{'photo, degradation':30s}{'input':>9s}" + "".join(f"{f'y{t}':>9s}" for t in range(options.steps + 1)))
     for (name, photo), column in zip(held_out().items(), ("streaks", "dim", "noise")):
         x, y = evaluate.pair(evaluate.center(photo, 256), "everyday", column)
-        see = refiner(model, x, options.steps, default_feedback(model), return_all=True)
-        estimates = see(x.to(next(model.parameters())))
+        estimates = model.refine(
+            x.to(next(model.parameters())), options.steps, default_feedback(model), return_all=True
+        )
         numbers = [evaluate.psnr(e, y) for e in (x, *estimates)]
         print(f"{f'{name}, {column}':30s}" + "".join(f"{n:6.2f} dB" for n in numbers))
         rows.append(show.estimates_row(x, [e.float().cpu() for e in estimates], y, f"{name}: {column}"))
@@ -168,8 +168,7 @@ def train(options):
     else:
         model, chosen["start"] = SIPL.load(options.weights), options.weights
         if options.recipe and training.needs_fusion(options.recipe) > bool(model.fusion):  # begins as the backbone is
-            closed = options.recipe != "overview"  # whose path would stay closed, see data/README.md
-            about, model = model.about, SIPL.from_backbone(model, identity_start=closed)
+            about, model = model.about, SIPL.from_backbone(model, identity_start=True)
             model.about = {"num_steps": about.get("num_steps", 0)}
     images = None
     if options.pairs:

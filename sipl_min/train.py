@@ -76,15 +76,7 @@ def again(model, x, y):
     return list(model.estimates(x, 1, "again"))
 
 
-def overview(model, x, y):
-    """For photos that are restored in windows: P = E(o), o the whole photo shrunk; estimate f(x; Read(D, P)).
-
-    x: a window of a damaged crop and the whole crop shrunk to its size, as channels, (B, 6, H, W). Our own."""
-    x, o = x.chunk(2, dim=1)
-    return model(x, model.privileged(o))
-
-
-RECIPES = {recipe.__name__: recipe for recipe in (authors, backbone, privilege, unroll, again, overview)}
+RECIPES = {recipe.__name__: recipe for recipe in (authors, backbone, privilege, unroll, again)}
 RECIPE_SETTINGS = {name: {} for name in RECIPES}  # the settings that a recipe needs, or was made for
 RECIPE_SETTINGS |= {"unroll": dict(identity_start=True)} | dict.fromkeys(("backbone", "again"), dict(fusion=False))
 
@@ -110,7 +102,6 @@ class Options:
     ema: float = 0.0  # decay of a moving average of the weights, e.g. 0.999: what is then validated, saved, and left
     decibels: float = 0.0  # weight of the estimates' PSNR in the loss, beside L1: L1 alone forgets photos nearly right
     shares: dict[str, int] = field(default_factory=dict)  # column -> how often it is met, if not as in `degrade.SHARES`
-    window: int = 0  # pixels a side of the random part of each crop, damaged whole, that is learned from; 0: all of it
     mild: float = 0.0  # share of the crops that are degraded only in part, see `data.batch`
     autocast: bool | None = None  # bfloat16; None: on CUDA only
     start: str = ""  # label of the weights that the model comes with
@@ -123,11 +114,9 @@ class Options:
         for name in ("num_steps", "batch_size", "crop_size", "lr", "grad_clip", "accumulate", *SAVING):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)!r} must be a positive number")
-        for name in ("ema", "mild", "window", "seed", "warmup", "weight_decay", "decibels"):
+        for name in ("ema", "mild", "seed", "warmup", "weight_decay", "decibels"):
             if not 0 <= getattr(self, name) < (1 if name == "ema" else math.inf):
-                raise InputError(
-                    f"{name}={getattr(self, name)!r} must be 0 or more" + ", and less than 1" * (name == "ema")
-                )
+                raise InputError(f"{name}={getattr(self, name)!r} must be 0 or more, and ema less than 1")
 
 
 SAVING = ("save_every", "validate_every")
@@ -150,8 +139,6 @@ def finetune_options(model: SIPL, start: str = "", recipe: str | Callable | None
         options["suite"] = about["suite"]
     if about.get("recipe") in RECIPES:
         options["recipe"] = about["recipe"]
-    if "window" in about and recipe in (None, "overview"):
-        options |= dict(window=about["window"], crop_size=3 * about["window"])
     return options
 
 
@@ -195,8 +182,6 @@ def fit(
     folder = None if folder is None else Path(folder)
     state = read_checkpoint(folder, model) if folder else None
     before = state["run"] if state else finetune_options(model, options.get("start"), recipe)
-    for name in options:
-        known("option", name, Options.__annotations__)
     o = Options(**{name: before[name] for name in Options.__annotations__ if name in before} | options)
     recipe, label = find_recipe(recipe or before.get("recipe"), model)
     data = find_data(data, o, options)
@@ -222,10 +207,8 @@ def fit(
         model.about = result.about = model.about | dict(num_steps=o.trained + step)
         if folder and rank == 0:
             save_checkpoint(folder, result, log, parts, run=run, step=step, about=model.about)
-        return step
 
-    saved = first
-    source = batches(data, first, o, device, overview=recipe is overview)
+    source = batches(data, first, o, device)
     bar = tqdm(range(first, o.num_steps), initial=first, total=o.num_steps, disable=not progress or rank, unit="step")
     with patient() as asked, contextlib.ExitStack() as behind:
         for end in (source.close, model.eval, partial(accelerate, model, was_fast)):
@@ -243,8 +226,8 @@ def fit(
             loss, psnr, norm, stopping = totals.tolist()  # the one moment when the processor waits for the device
             if not math.isfinite(loss + norm):
                 what = f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite at step {step}"
-                again = "begin in another folder" if folder and 0 < saved == step else "call again"
-                raise FloatingPointError(f"{what}: lower lr={o.lr} or grad_clip={o.grad_clip}, and {again}")
+                advice = "and call again, or begin in another folder if that stops here, too"
+                raise FloatingPointError(f"{what}: lower lr={o.lr} or grad_clip={o.grad_clip}, {advice}")
             optimizer.step()
             if average:
                 average.update_parameters(model)
@@ -253,7 +236,7 @@ def fit(
                 log[-1] |= {name: float(v) for name, v in validate(copy.deepcopy(result).eval()).items()}
             bar.set_postfix(loss=f"{loss:.4f}", psnr=f"{psnr:.2f} dB", refresh=False)
             if stopping or (step + 1) % o.save_every == 0:
-                saved = save(step + 1)
+                save(step + 1)
             if stopping:
                 bar.close()
                 model.load_state_dict(result.state_dict())
@@ -346,8 +329,8 @@ def find_data(data, o, given):
     return data
 
 
-def batches(data, first, o, device, overview=False):
-    """Yield x, y (B, 3, H, W) on the device, from step `first` on. overview: as in `cut`."""
+def batches(data, first, o, device):
+    """Yield x, y (B, 3, H, W) on the device, from step `first` on."""
     pin = o.num_workers > 0 and device.type == "cuda"
     load = partial(DataLoader, num_workers=o.num_workers, pin_memory=pin, worker_init_fn=leave_interrupts)
     if isinstance(data, Images):
@@ -362,7 +345,7 @@ def batches(data, first, o, device, overview=False):
         if not isinstance(data, Images):
             check_batch(x, y)
         torch.manual_seed(hash_seed(o.seed, step, 3))  # for recipes and layers: a DataLoader that begins draws one, too
-        yield cut(*(t.to(device, torch.float32, non_blocking=True) for t in (x, y)), o.window, overview)
+        yield [t.to(device, torch.float32, non_blocking=True) for t in (x, y)]
 
 
 def check_batch(x, y):
@@ -386,19 +369,6 @@ def in_order(data, first, o, load):
 def leave_interrupts(_):
     """Ctrl-C reaches the workers too, and only `fit` is to act on it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def cut(x, y, side, overview=False):
-    """The same random part, side x side pixels, of degraded and clean crops (B, 3, H, W); side 0: all of them.
-
-    overview: three more channels beside the degraded part, the whole crop shrunk to its size."""
-    H, W = x.shape[-2:]
-    if side > min(H, W) - overview or overview and not side:  # an overview shows more than its window
-        needed = ": recipe 'overview' needs a smaller one, e.g. window=64, crop_size=192" if overview else ""
-        raise InputError(f"window={side} does not fit crops of {H} x {W} pixels{needed}")
-    top, left = (int(torch.randint(n - side + 1, ())) if side else 0 for n in (H, W))
-    part, y = (t[..., top : top + (side or H), left : left + (side or W)] for t in (x, y))
-    return (torch.cat([part, F.interpolate(x, part.shape[-2:], mode="area")], 1) if overview else part), y
 
 
 def pick_device(name: Any = None) -> torch.device:
@@ -445,10 +415,9 @@ def describe(model, label, data, o):
 def about_weights(model, data, run):
     """What a weight file tells of its training, beside the number of steps."""
     about, recipe = getattr(model, "about", {}), run["recipe"]
-    if about.get("recipe", recipe) != recipe:  # T and windows were of that
-        about = {name: v for name, v in about.items() if name not in ("steps", "window")}
+    if about.get("recipe", recipe) != recipe:  # T was chosen for that one
+        about = {name: v for name, v in about.items() if name != "steps"}
     new = {name: run[name] for name in ("recipe", "command", "decibels")} | dict(images=len(data))
-    new |= dict(window=run["window"]) if recipe == "overview" else {}
     new |= dict(suite=run["suite"]) if isinstance(data, Images) else {}
     return {name: v for name, v in about.items() if name not in new} | {name: v for name, v in new.items() if v}
 
@@ -458,7 +427,7 @@ def compare(path, state, run):
     if run["num_steps"] < state["step"]:
         advice = "pass num_steps={0} (--steps {0}) or more".format(state["step"])
         raise InputError(f"{str(path)!r} has {state['step']} steps behind it: {advice}")
-    was, now = (dict(window=0) | r["settings"] | r for r in (state["run"], run))
+    was, now = (r["settings"] | r for r in (state["run"], run))
     changed = [name for name in now if now[name] != was.get(name, now[name]) and name not in ("settings", "command")]
     for name in changed:
         if name not in FREE:

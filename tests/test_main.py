@@ -110,18 +110,6 @@ def test_a_backbone_trained_to_be_applied_again_is(photo, tmp_path, capsys, monk
     assert SIPL.load(tmp_path / "more" / "model.safetensors").about["recipe"] == "again"
 
 
-def test_weights_of_overview_start_open_and_have_no_loop(tmp_path, capsys):
-    small = ["--window", "16", "--crop-size", "32", "--steps", "1", "--batch-size", "1"]
-    begin = ["train", str(tmp_path / "run"), "--weights", "nano-backbone", "--recipe", "overview", *small]
-    assert main(begin) == 0
-    weights = str(tmp_path / "run" / "model.safetensors")
-    assert not SIPL.load(weights).settings.identity_start
-    assert main(["demo", "--weights", weights, "--output", str(tmp_path / "demo.png")]) == 0
-    assert "y0" in (printed := capsys.readouterr().out) and "y1" not in printed
-    assert main(["study", "capacity", str(tmp_path / "study"), "--weights", weights]) == 2
-    assert "has the recipe 'overview', which has no loop: ask about windows" in capsys.readouterr().err
-
-
 def test_benchmark_writes_rows_and_tables(weights, tmp_path, capsys):
     output = tmp_path / "r.csv"
     command = ["benchmark", "three_task", "--weights", weights, "--steps", "0", "--output", str(output)]
@@ -190,7 +178,6 @@ def test_the_rest(tmp_path, capsys):
         (["benchmark", "cdd11", "--data", "nowhere"], "no folder 'nowhere'"),
         (["train", "runs/x", "--images", "nowhere"], "no folder 'nowhere'"),
         (["train", "runs/x", "--lr", "-1"], "lr=-1.0"),
-        (["train", "runs/x", "--window", "-1"], "window=-1 must be 0 or more"),
         (["train", "runs/x", "--weights", "nano", "--preset", "small"], "--preset and --backbone are of new weights"),
         (["train", "runs/x", "--weights", "nano", "--recipe", "backbone"], "fusion=False, or nano-backbone"),
         (["train", "runs/x", "--shares", "haze=2", "fog=3"], "shares of 'fog': suite 'cdd11' has low, haze"),
