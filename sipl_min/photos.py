@@ -60,7 +60,7 @@ def read(path: Name) -> np.ndarray:
 
 
 def load(path):
-    """The pixels of a photo; and its color profile, EXIF and resolution, as options of Pillow's `save`."""
+    """The pixels of a photo as `read` gives them; and its profile, EXIF and resolution: options of `Image.save`."""
     kinds = ("TIFF",) if Path(path).suffix.lower() in TIFF else ("PNG", "JPEG", "BMP", "WEBP")
     try:
         if "TIFF" in kinds:
@@ -70,7 +70,7 @@ def load(path):
         with Image.open(path, formats=kinds) as image:
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a JPEG with previews behind it
                 raise InputError("it is an animation or has several pages, take it apart first")
-            if ";16" in str(image.tile) and image.mode != "I;16":  # Pillow would drop 8 bits
+            if ";16B" in str(image.tile) and image.mode != "I;16":  # Pillow would drop 8 bits
                 raise InputError("color and alpha of 16 bits are read from .tif only, convert it to a 16-bit TIFF")
             image = ImageOps.exif_transpose(image)
         if image.mode != "I;16":  # palettes, CMYK and the like become RGB
@@ -149,7 +149,7 @@ def to_tensor(photo: np.ndarray | torch.Tensor) -> torch.Tensor:
     elif tensor and photo.is_floating_point():
         x = photo.detach().float().reshape(-1, *photo.shape[-3:])
     else:
-        wanted = "an array H x W or H x W x C, uint8, uint16 or float, or a float tensor (3, H, W) or (B, 3, H, W)"
+        wanted = "an array H x W or H x W x C, C = 1 to 4, uint8, uint16 or float, or a float tensor ([B,] 3, H, W)"
         found = f"{type(photo).__name__} {getattr(photo, 'dtype', '')} {getattr(photo, 'shape', '')}"
         raise InputError(f"a photo must be {wanted}, not {found}")
     low, high = (float(v) for v in x.aminmax())
@@ -270,7 +270,8 @@ def restore_folder(model, source, target, steps=None, *, force=False, progress=T
     jobs = plan(source, Path(target))
     restored, skipped, problems = 0, 0, []
     options |= dict(steps=steps, progress=progress and len(jobs) == 1)
-    restore(model, np.zeros((16, 16, 3), np.uint8), **options)  # what cannot work is found out now, not after minutes
+    # options that cannot work, and folders that cannot be written, are found out now and not after minutes
+    restore(model, np.zeros((16, 16, 3), np.uint8), **options)
     for folder in {place.parent for place in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
