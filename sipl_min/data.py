@@ -152,7 +152,7 @@ def by_name(inputs, targets):
         if len(found) == 1:
             pairs.append((path, *found))
         else:
-            left.append(f"{str(path)!r} has {len(found) or 'no'} targets of its name")
+            left.append(f"{str(path)!r} has {len(found) or 'no'} targets of its name in {folder!r} or at the top")
     return pairs, left
 
 
@@ -249,8 +249,8 @@ def batch(
     g = generator(hash_seed(seed, step))
     crops, depths = zip(*(images.crop(crop_size, g, which) for _ in range(batch_size)))
     x, y, depths = torch.stack(crops), torch.stack(crops), torch.stack(depths).to(device)
-    urn = [column for column, share in (SHARES[suite] | (shares or {})).items() for _ in range(share)]
-    columns = [urn[i] for i in torch.randint(len(urn), (batch_size,), generator=g)]
+    names = [column for column, share in (SHARES[suite] | (shares or {})).items() for _ in range(share)]
+    columns = [names[i] for i in torch.randint(len(names), (batch_size,), generator=g).tolist()]
     for i, column in enumerate(columns):
         if column in images.pairs:
             pairs = images.pairs[column]
@@ -260,7 +260,7 @@ def batch(
 
     g, everyday = generator(hash_seed(seed, step, 1), device), suite == "everyday"
     made = [i for i, column in enumerate(columns) if column not in images.pairs]
-    spared = torch.tensor([everyday and column in AS_IT_IS for column in columns], device=device)
+    spared = [everyday and column in AS_IT_IS for column in columns]
     if everyday:
         y[made] = fade(y[made], generator(hash_seed(seed, step, 5), device))
         varied = [i for i in made if spared[i]]
@@ -272,8 +272,8 @@ def batch(
         x[again] = jpeg(x[again], g)
 
     u, s = torch.rand(2, batch_size, 1, 1, 1, generator=generator(hash_seed(seed, step, 2))).to(device)
-    in_part = (u < (mild or 0.15 * everyday)) & ~spared[:, None, None, None]
-    return torch.where(in_part, y + s * (x - y), x), y, columns
+    spared = torch.tensor(spared, device=device)[:, None, None, None]
+    return torch.where((u < (mild or 0.15 * everyday)) & ~spared, y + s * (x - y), x), y, columns
 
 
 def fade(y, g):
