@@ -21,7 +21,7 @@ def generator(seed, device="cpu"):
 
 def uniform(x, g, spec):
     """One value per image, (B, 1, 1, 1), drawn from a pair (low, high), or the number given."""
-    low, high = spec if isinstance(spec, tuple) else (spec, spec)
+    low, high = spec if isinstance(spec, tuple | list) else (spec, spec)
     return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=g, device=x.device)
 
 
@@ -103,14 +103,11 @@ def jpeg(x, g, quality=(30, 95)):
 
 def rain(x, g, density=(0.01, 0.03), length=(15, 40), angle=(-15, 15), width=(0.5, 0.8), strength=(0.15, 0.4)):
     """Rain streaks: x + strength * M, M two layers of lines (CDD-11, Guo et al. 2024; Rain100L, Yang et al. 2017)."""
-
-    def scale(spec, by):
-        return tuple(s * by for s in spec) if isinstance(spec, tuple) else spec * by
-
     fall, mask = uniform(x, g, angle), 0
     for near in (0.6, 1.0):
         tilt = fall + uniform(x, g, (-3.0, 3.0))  # much the same direction
-        mask = mask + scatter(x, g, scale(density, 0.5 / near), scale(length, near), tilt, scale(width, near))
+        few, long, wide = np.multiply(density, 0.5 / near), np.multiply(length, near), np.multiply(width, near)
+        mask = mask + scatter(x, g, few.tolist(), long.tolist(), tilt, wide.tolist())
     return (x + uniform(x, g, strength) * mask).clamp(0, 1)
 
 
@@ -197,31 +194,12 @@ def lens_drops(x, g, density=(0.0004, 0.0015), radius=(4.0, 9.0)):
 STREAKS = dict(density=(0.0005, 0.0018), length=(20, 50), angle=(-25, 25), width=(0.6, 1.1), strength=(0.3, 0.6))
 OUTDOOR = {"SOTS": (haze, dict(beta=(0.4, 2.0), airlight=(0.8, 1.0))), "Rain100L": (rain, STREAKS)}
 NOISE = {f"CBSD68_{sigma}": (noise, dict(sigma=float(sigma))) for sigma in (15, 25, 50)}
-CDD = {
-    "low": (low_light, {}),
-    "rain": (rain, dict(density=(0.04, 0.08), length=(12, 30), width=(0.5, 0.7), strength=(0.06, 0.12))),
-    "snow": (snow, {}),
-    "haze": (haze, {}),
-}
+LOL = (low_light, dict(gamma=(2.5, 4.0), sigma=(0.01, 0.03)))
+FINE = dict(density=(0.04, 0.08), length=(12, 30), width=(0.5, 0.7), strength=(0.06, 0.12))
+CDD = {"low": (low_light, {}), "rain": (rain, FINE), "snow": (snow, {}), "haze": (haze, {})}
 CDD11 = ["low", "haze", "rain", "snow", "low_haze", "low_rain", "low_snow", "haze_rain", "haze_snow"]
 CDD11 += ["low_haze_rain", "low_haze_snow"]
-
-# suite -> its steps in the order they happen: name -> (degradation, parameters)
-SUITES = {"three_task": OUTDOOR | NOISE}
-SUITES["five_task"] = OUTDOOR | {
-    "CBSD68_25": NOISE["CBSD68_25"],
-    "GoPro": (blur, {}),
-    "LOLv1": (low_light, dict(gamma=(2.5, 4.0), sigma=(0.01, 0.03))),
-}
-SUITES["deweather"] = {
-    "Snow100K-S": (snow, dict(density=(0.3, 1.0))),
-    "Snow100K-L": (snow, dict(density=(1.5, 4.0))),
-    "Outdoor-Rain": (rain, dict(density=(0.02, 0.06), strength=(0.12, 0.3))),
-    "veil": OUTDOOR["SOTS"],  # heavy rain far away is a haze
-    "RainDrop": (lens_drops, {}),
-}
-SUITES["cdd11"] = SUITES["doubles"] = SUITES["singles"] = CDD  # all combinations, at most two, one at a time
-SUITES["everyday"] = {  # for one network that is to mend all and spoil nothing: from sound photos to bad ones
+EVERYDAY = {  # for one network that is to mend all and spoil nothing: from sound photos to bad ones
     "noise": (noise, dict(sigma=(0.0, 55.0))),
     "grain": (noise, dict(sigma=(0.0, 12.0))),
     "camera": (camera_noise, {}),
@@ -233,7 +211,24 @@ SUITES["everyday"] = {  # for one network that is to mend all and spoil nothing:
     "low": (low_light, dict(gamma=(2.0, 4.0), sigma=(0.0, 0.08))),
     "jpeg": (jpeg, {}),
 }
-SUITES["hard"] = {name: SUITES["everyday"][name] for name in ("streaks", "shake", "rain", "snow")}
+
+# suite -> its steps in the order they happen: name -> (degradation, parameters)
+SUITES = {
+    "three_task": OUTDOOR | NOISE,
+    "five_task": OUTDOOR | {"CBSD68_25": NOISE["CBSD68_25"], "GoPro": (blur, {}), "LOLv1": LOL},
+    "deweather": {
+        "Snow100K-S": (snow, dict(density=(0.3, 1.0))),
+        "Snow100K-L": (snow, dict(density=(1.5, 4.0))),
+        "Outdoor-Rain": (rain, dict(density=(0.02, 0.06), strength=(0.12, 0.3))),
+        "veil": OUTDOOR["SOTS"],  # heavy rain far away is a haze
+        "RainDrop": (lens_drops, {}),
+    },
+    "cdd11": CDD,  # all its combinations
+    "doubles": CDD,  # at most two at a time
+    "singles": CDD,  # one at a time
+    "everyday": EVERYDAY,
+    "hard": {name: EVERYDAY[name] for name in ("streaks", "shake", "rain", "snow")},
+}
 SUITES["mixed"] = SUITES["three_task"] | SUITES["five_task"] | CDD  # all published tables at once
 
 # suite -> its columns: name -> the steps in it
@@ -253,19 +248,14 @@ SHARES["everyday"] |= dict(grain=30, camera=14, hazy=56, streaks=44, shake=12, d
 
 
 def check_suite(suite, shares=()):
-    """Raises InputError where there is no such suite, or shares are none of its columns', or no whole numbers."""
+    """Raises InputError for an unknown suite, and for shares of unknown columns or from which nothing can be drawn."""
     if suite not in SUITES:
         raise InputError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
-    if suite not in COLUMNS or suite not in SHARES:
-        wanted = "in degrade.COLUMNS, column -> its steps, and in degrade.SHARES, column -> 1"
-        raise InputError(f"suite {suite!r} is in degrade.SUITES alone: enter it {wanted}")
     if strange := sorted({*shares} - {*COLUMNS[suite]}):
         raise InputError(f"shares of {', '.join(map(repr, strange))}: suite {suite!r} has {', '.join(COLUMNS[suite])}")
-    shares = SHARES[suite] | dict(shares)
-    if bad := [f"{name}={n!r}" for name, n in shares.items() if not (isinstance(n, int) and n >= 0)]:
-        raise InputError(f"shares must be whole numbers from 0 on, not {', '.join(bad)}")
-    if not any(shares.values()):
-        raise InputError(f"the shares of all columns of suite {suite!r} are 0: nothing is left to train on")
+    numbers = (SHARES[suite] | dict(shares)).values()
+    if not any(numbers) or any(not isinstance(n, int) or n < 0 for n in numbers):
+        raise InputError(f"shares must be whole numbers from 0 on, and not all 0: change {dict(shares)}")
 
 
 def degrade(x, g, suite, columns, depth=None):
@@ -276,7 +266,7 @@ def degrade(x, g, suite, columns, depth=None):
     check_suite(suite)
     if len(columns) != len(x):
         raise InputError(f"{len(columns)} columns for {len(x)} images: name one for each")
-    if unknown := [name for name in columns if name not in COLUMNS[suite]]:
+    if unknown := sorted({*columns} - {*COLUMNS[suite]}):
         raise InputError(f"unknown column {unknown[0]!r} in {suite}: choose one of {', '.join(COLUMNS[suite])}")
     x = x.clone()
     for step, (function, parameters) in SUITES[suite].items():

@@ -1,9 +1,6 @@
 """Figures, as the demo and the notebooks draw them: rows of labelled images, error maps, bars of gains."""
 
-from itertools import zip_longest
-
 import numpy as np
-import torch
 from matplotlib import pyplot as plt
 
 from .evaluate import average, psnr, ssim
@@ -11,28 +8,24 @@ from .files import atomic_write
 
 
 def picture(image):
-    """A tensor (1, C, H, W), (C, H, W) or (H, W), or an array, as something `imshow` takes; clamped to [0, 1]."""
-    if not isinstance(image, torch.Tensor):
-        return image
+    """A tensor (1, C, H, W), (C, H, W) or (H, W) -> an array for `imshow`; images are clamped to [0, 1]."""
     image = image.detach().float().cpu()
-    image = image[0] if image.ndim == 4 else image
-    return image.permute(1, 2, 0).clamp(0, 1).numpy().squeeze() if image.ndim == 3 else image.numpy()
+    if image.ndim == 2:
+        return image.numpy()
+    return image.reshape(image.shape[-3:]).permute(1, 2, 0).clamp(0, 1).numpy().squeeze()
 
 
 def panels(rows, width=2.2, top=0.3):
-    """Draw a grid of images. rows: lists of (title, image) or (title, image, text below); None leaves a place empty.
+    """Draw a grid of images. rows: lists of (title, image) or (title, image, text below), which may differ in length.
 
     Images are as in `picture`; two-dimensional ones are maps, in color from 0 to `top`. width: inches of a column."""
-    columns = max(len(row) for row in rows)
-    shapes = [picture(next(item for item in row if item)[1]).shape for row in rows]
-    heights = [width * shape[0] / shape[1] + 0.38 for shape in shapes]
+    columns = max(map(len, rows))
+    heights = [width * row[0][1].shape[-2] / row[0][1].shape[-1] + 0.38 for row in rows]
     figure = plt.figure(figsize=(width * columns, sum(heights)), layout="constrained")
     for line, row in zip(figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights), rows):
-        for ax, item in zip_longest(line, row):
+        for ax in line:
             ax.axis("off")
-            if item is None:
-                continue
-            title, image, *below = item
+        for ax, (title, image, *below) in zip(line, row):
             ax.imshow(picture(image), cmap="inferno", vmin=0, vmax=top)  # colored images stay as they are
             ax.set_title(title, fontsize=8)
             ax.text(0.5, -0.03, "".join(below), transform=ax.transAxes, ha="center", va="top", fontsize=8)
@@ -45,13 +38,12 @@ def estimates_row(x, estimates, y, name):
     def score(image):
         return f"{psnr(image, y):.2f} dB, {ssim(image, y):.3f}"
 
-    def error(image):  # mean over colors, (H, W)
-        return (image.clamp(0, 1) - y).abs().mean((0, 1))
-
     row = [(name, x, score(x))]
     row += [(rf"$\hat y_{{{t}}}$", e, score(e)) for t, e in enumerate(estimates)]
     row += [("clean", y)]
-    row += [(rf"$|\hat y_{{{t}}} - y|$", error(estimates[t])) for t in sorted({0, len(estimates) - 1})]
+    for t in sorted({0, len(estimates) - 1}):
+        error = (estimates[t].clamp(0, 1) - y).abs().mean((0, 1))  # mean over colors, (H, W)
+        row.append((rf"$|\hat y_{{{t}}} - y|$", error))
     return row
 
 
