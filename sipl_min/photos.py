@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import tifffile
 import torch
@@ -72,7 +73,12 @@ def load(path):
                 raise InputError("it is an animation or has several pages, take it apart first")
             if ";16B" in str(image.tile) and image.mode != "I;16":  # Pillow would drop 8 bits
                 raise InputError("color and alpha of 16 bits are read from .tif only, convert it to a 16-bit TIFF")
-            image = ImageOps.exif_transpose(image)
+            image.load()
+            try:
+                image = ImageOps.exif_transpose(image)
+            except Exception:  # some strange EXIF cannot be written anew: it is left out, the photo turned all the same
+                image.info.pop("exif", None)
+                image = ImageOps.exif_transpose(image)
         if image.mode != "I;16":  # palettes, CMYK and the like become RGB
             color = "L" if image.mode in ("1", "L", "LA") else "RGB"
             image = image.convert(color + "A" * image.has_transparency_data)
@@ -112,12 +118,13 @@ def write(path: Name, image: np.ndarray, like: Name | None = None) -> None:
     kept = load(like)[1] if like else {}
     with atomic_write(path) as temporary:
         if Path(path).suffix.lower() not in TIFF:
-            Image.fromarray(image).save(temporary, quality=95, subsampling=0, **kept)
+            iio.imwrite(temporary, image, plugin="pillow", quality=95, subsampling=0, **kept)
             return
         layout = dict(photometric="rgb" if image.shape[2:] > (2,) else "minisblack")
         layout["planarconfig"] = "contig" if image.ndim == 3 else None
         layout["extrasamples"] = [2] if image.shape[2:] in ((2,), (4,)) else None  # alpha, not multiplied in
-        tifffile.imwrite(temporary, image, metadata=None, iccprofile=kept.get("icc_profile"), **layout)
+        layout |= dict(metadata=None, iccprofile=kept.get("icc_profile"))
+        iio.imwrite(temporary, image, plugin="tifffile", **layout)
 
 
 def check_fits(path, image):

@@ -133,6 +133,13 @@ def test_every_kind_of_file_comes_upright(tmp_path, orientation):
         assert np.array_equal(read(tmp_path / name), pixels.reshape(96, *pixels.shape[2:])[places]), name
 
 
+def test_a_photo_with_a_strange_tag_comes_upright(tmp_path):
+    strange = struct.pack("<HHI4sHHI4sI", 0x0112, 3, 1, b"\6\0\0\0", 0x0100, 2, 4, b"300\0", 0)  # a width that is text
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + strange
+    Image.fromarray(noise(20, 32, 3)).save(tmp_path / "a.jpg", exif=exif)
+    assert read(tmp_path / "a.jpg").shape == (32, 20, 3)
+
+
 # ------------------------------------------------------------------------------------------- what is no photo to take
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
