@@ -94,17 +94,18 @@ def load(source: Name | dict[str, Any] = "nano", device: Any = None, net: torch.
         if not header:
             names = {published_name(n, model.settings.backbone): n for n in model.state_dict()}
             tensors = {names.get(n, n): t for n, t in tensors.items()}
-        if settings.get("backbone") == "restormer" and "encoder.levels.0.0.norm1.bias" not in tensors:
+        if settings.get("backbone") == "restormer" and "encoder.levels.0.0.norm1.bias" not in tensors:  # BiasFree
             for module in [*model.encoder.modules(), *model.decoder.modules()]:
                 if isinstance(module, LayerNorm2d):
                     module.__class__, module.bias = BiasFreeNorm, None
-        copy.deepcopy(model).load_state_dict(tensors)  # where names or shapes differ it raises, before `net` is touched
+        copy.deepcopy(model).load_state_dict(tensors)  # raises before `net` is touched, if something does not fit
         model.load_state_dict(tensors)
         model.about = dict(header.get("about", {}))
     except Exception as e:  # a strange file can raise anything
         reason = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
-        advice = "pass whole weights of SIPL, PromptIR, Restormer, AdaIR or NAFNet (RGB, four levels)"
-        raise InputError(f"{name}: {reason}: {advice}, and net=the_network for those of SIPL.wrap") from e
+        published = "whole weights of PromptIR, Restormer, AdaIR or NAFNet (RGB, four levels)"
+        advice = f"pass a file of model.save (with net=the_network for one of SIPL.wrap), or {published}"
+        raise InputError(f"{name}: {reason}: {advice}") from e
     return model.to(device).eval()
 
 
@@ -129,22 +130,19 @@ def read(source):
 
 def unwrap(content):
     """The state dict of a network in what training frameworks put around it: a key, other tensors, longer names."""
-    if "run" in content:
-        raise ValueError("it is the checkpoint of a training: load the model.safetensors beside it")
     for key in ("state_dict", "model", "params_ema", "params"):
         content = content.get(key, content)
     first = r"(.*?)(patch_embed\.proj|intro)\.weight"  # what stands before it is a wrapper's
     prefix = min((m[1] for n in content if (m := re.fullmatch(first, n))), key=len, default="")
     if prefix and any(n.startswith("fusion.") for n in content):
-        raise ValueError("it is of a network wrapped by SIPL.wrap: load the file that model.save writes")
+        raise ValueError("it is of a network wrapped by SIPL.wrap, without its settings")
     return {n.removeprefix(prefix): t for n, t in content.items() if n.startswith(prefix)}
 
 
 def modernize(tensors, name):
     """Own names of earlier versions, and published tensors that are not as here -> those of today."""
     if any(n.startswith("aligned.") for n in tensors):
-        text = "are no longer part of the network and left out: the first pass stays, refinements move a little"
-        warnings.warn(f"{name}: the tensors aligned.* {text}", stacklevel=3)
+        warnings.warn(f"{name}: aligned.* are no longer part of the network: refinements move a little", stacklevel=3)
     renamed = {}
     for n, t in tensors.items():
         n = n.replace(".where.", ".spatial_gate.").replace(".which.", ".channel_gate.")  # of AdaIR

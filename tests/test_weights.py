@@ -310,7 +310,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     "changes, message",
     [
         (dict(depth=3), "unknown setting 'depth'"),
-        (dict(heads=("a", 1, 1, 1)), "pass whole weights"),
+        (dict(heads=("a", 1, 1, 1)), "pass a file of model.save"),
         (dict(backbone="mamba"), "unknown backbone 'mamba'"),
         (dict(fusion=False), "Unexpected .*fusion"),
     ],
@@ -353,9 +353,8 @@ class Trap:
 def test_no_file_runs_code_and_anything_but_weights_gets_one_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cases = [(c, "holds code, which is not run") for c in ({"state_dict": Trap()}, Trap())]
-    cases.append(({"run": {}, "model": {}}, "checkpoint of a training: load the model.safetensors beside it"))
-    odd = (torch.zeros(3), [1, 2], None, "text", {"state_dict": {"a": 1}}, {})
-    for content, message in [*cases, *((c, "pass whole weights") for c in odd)]:
+    odd = (torch.zeros(3), [1, 2], None, "text", {"state_dict": {"a": 1}}, {"run": {}, "model": {}})
+    for content, message in [*cases, *((c, "pass a file of model.save") for c in odd)]:
         torch.save(content, "odd.ckpt")
         with pytest.raises(InputError, match=message) as error:
             load("odd.ckpt")

@@ -125,17 +125,19 @@ def test_save_and_load_around_a_net(dtype, tmp_path):
     assert torch.equal(loaded.refine(x, 1), model.refine(x, 1)) and loaded.net is net and loaded.about == model.about
     other = UNet(width=4).to(dtype)
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(InputError, match="size mismatch .* pass whole weights .* net=the_network"):
+    with pytest.raises(InputError, match="size mismatch .* pass a file of model.save .with net=the_network"):
         SIPL.load(path, net=other)
     assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items()), "refused before it was touched"
-    with pytest.raises(InputError, match="holds a network wrapped by SIPL.wrap: pass whole weights .* net=the_network"):
+    with pytest.raises(
+        InputError, match="holds a network wrapped by SIPL.wrap: pass a file of model.save .with net=the_network"
+    ):
         SIPL.load(path)
 
 
 def test_a_state_dict_of_a_wrapped_network_is_not_taken_for_its_backbone():
     names = [published_name(n, "promptir") for n in tiny(fusion=False).state_dict()]
     state = {f"net.{n}": torch.ones(1) for n in names} | {"fusion.0.dictionary": torch.ones(1)}
-    with pytest.raises(InputError, match="wrapped by SIPL.wrap: load the file that model.save writes"):
+    with pytest.raises(InputError, match="wrapped by SIPL.wrap, without its settings: pass a file of model.save"):
         SIPL.load(state)
 
 
