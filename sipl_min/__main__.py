@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from . import BACKBONES, PRESETS, SIPL, InputError, __version__, datasets, degrade, photos
 from . import train as training
 from .data import Images, Pairs, held_out
 from .fast import accelerate
 from .files import atomic_write, exit_code
-from .weights import default_feedback, default_steps
+from .weights import default_feedback, default_steps, refiner
 
 SUITES = ", ".join(degrade.SUITES)
 
@@ -51,7 +50,7 @@ def parse(arguments):
     model(c)
     c.add_argument("--output", default="demo.png", help="where the figure goes (default: %(default)s)")
 
-    c = command(restore, "Restore a photo, or all photos of a folder; size, depth, alpha and color profile are kept.")
+    c = command(restore, "Restore a photo, or all photos of a folder; size, depth, alpha and metadata are kept.")
     c.add_argument("input", help="a photo, or a folder of photos")
     c.add_argument("output", help="a file name, or a folder that will be made")
     model(c)
@@ -82,11 +81,13 @@ def parse(arguments):
     c.add_argument("--grad-clip", type=float, help="largest gradient norm")
     c.add_argument("--seed", type=int, help="of everything random")
     c.add_argument("--save-every", type=int, help="steps between checkpoints")
+    c.add_argument("--save-minutes", type=float, help="minutes between checkpoints")
     c.add_argument("--accumulate", type=int, help="work on a batch in so many parts, for lack of memory")
     c.add_argument("--num-workers", type=int, help="processes that make batches ahead")
     c.add_argument("--ema", type=float, help="decay of a moving average of the weights, e.g. 0.999: the result then")
     c.add_argument("--decibels", type=float, help="weight of PSNR in the loss, e.g. 0.002: spares good photos")
     c.add_argument("--shares", nargs="+", type=share, metavar="COLUMN=N", help="how often training meets a column")
+    c.add_argument("--window", type=int, help="pixels a side of the part of each crop that is learned from")
     c.add_argument("--mild", type=float, help="share of the crops that are degraded only in part")
     c.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="in bfloat16 (default: on CUDA only)")
     c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
@@ -128,14 +129,13 @@ def demo(options):
 
     matplotlib.use("Agg")  # draw where there is no display
     chosen, model, rows = options.steps, load(options), []
-    if chosen is None and model.fusion:  # shows the loop, though one pass would do
+    if chosen is None and model.fusion and "window" not in model.about:  # shows the loop, though one pass would do
         options.steps = max(options.steps, 1)
     print(f"{'photo, degradation':30s}{'input':>9s}" + "".join(f"{f'y{t}':>9s}" for t in range(options.steps + 1)))
     for (name, photo), column in zip(held_out().items(), ("streaks", "dim", "noise")):
         x, y = evaluate.pair(evaluate.center(photo, 256), "everyday", column)
-        estimates = model.refine(
-            x.to(next(model.parameters())), options.steps, default_feedback(model), return_all=True
-        )
+        see = refiner(model, x, options.steps, default_feedback(model), return_all=True)
+        estimates = see(x.to(next(model.parameters())))
         numbers = [evaluate.psnr(e, y) for e in (x, *estimates)]
         print(f"{f'{name}, {column}':30s}" + "".join(f"{n:6.2f} dB" for n in numbers))
         rows.append(show.estimates_row(x, [e.float().cpu() for e in estimates], y, f"{name}: {column}"))
@@ -144,8 +144,7 @@ def demo(options):
 
 
 def restore(options):
-    Image.MAX_IMAGE_PIXELS = options.max_pixels / 2  # Pillow refuses photos of twice that
-    chosen = {name: getattr(options, name) for name in ("steps", "feedback", "tile", "overlap", "force")}
+    chosen = {name: getattr(options, name) for name in ("steps", "feedback", "tile", "overlap", "force", "max_pixels")}
     restored, skipped, problems = photos.restore_folder(load(options), options.input, options.output, **chosen)
     there = f"; {skipped} were there already (--force restores them anew)" if skipped else ""
     print(f"restored {restored} of {restored + skipped + len(problems)} photos, in {options.output!r}{there}")
@@ -168,7 +167,8 @@ def train(options):
     else:
         model, chosen["start"] = SIPL.load(options.weights), options.weights
         if options.recipe and training.needs_fusion(options.recipe) > bool(model.fusion):  # begins as the backbone is
-            about, model = model.about, SIPL.from_backbone(model, identity_start=True)
+            closed = options.recipe != "overview"  # whose path would stay closed, see data/README.md
+            about, model = model.about, SIPL.from_backbone(model, identity_start=closed)
             model.about = {"num_steps": about.get("num_steps", 0)}
     images = None
     if options.pairs:

@@ -4,6 +4,7 @@
 In all three, what is drawn follows from seed and place in the training alone, never from what was drawn before."""
 
 import functools
+import unicodedata
 import zlib
 from collections import defaultdict
 from importlib.util import find_spec
@@ -125,9 +126,11 @@ def check(groups, skip_bad, bad=()):
     return good, bad
 
 
-def below(folder, empty=False):
-    """The photos in a folder -> their places: path -> its folder below this one, "." for this one itself."""
-    return {path: path.relative_to(folder).parent.as_posix() for path in photos.find(folder, empty)}
+def below(source, empty=False):
+    """A folder, or a list of paths -> path: its folder below the source, "." for the source itself."""
+    if isinstance(source, Name):
+        return {path: path.relative_to(source).parent.as_posix() for path in photos.find(source, empty)}
+    return {Path(path): "." for path in source}
 
 
 def by_name(inputs, targets):
@@ -137,18 +140,23 @@ def by_name(inputs, targets):
     name, at the top, or in RESIDE's `clear_images`. Raises InputError for a photo that is both."""
     if both := sorted(inputs.keys() & targets.keys()):
         raise InputError(f"{str(both[0])!r} is among inputs and targets: name two folders, neither inside the other")
+
+    def plain(path):  # systems differ in case, and in how they write an accent
+        return unicodedata.normalize("NFC", path.stem).casefold()
+
     named, pairs, left = defaultdict(list), [], []
     for path, folder in targets.items():
-        named[folder, path.stem].append(path)
-    taken = {(folder, path.stem) for path, folder in inputs.items()}
+        named[folder, plain(path)].append(path)
+    taken = {(folder, plain(path)) for path, folder in inputs.items()}
     for path, folder in inputs.items():
-        stem, parts = path.stem, path.stem.split("_")
+        stem, parts = plain(path), plain(path).split("_")
         others = [stem.replace("rain", "norain"), stem.replace("rain", "clean")]
         others += ["_".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
         # the target `1` is not that of `1_2` where there is an input `1`: half of a copy must not pair wrongly
         stems = [stem, *(other for other in others if (folder, other) not in taken)]
         places = [(place, stem) for place in (folder, ".", "clear_images") for stem in stems]
         found = next((named[place] for place in places if place in named), [])
+        found = [target for target in found if target.stem == path.stem] or found
         if len(found) == 1:
             pairs.append((path, *found))
         else:
@@ -345,13 +353,15 @@ class Degraded(Seeded):
 class Pairs(Seeded):
     """Pairs of photos on disk: (x, y), degraded and clean, float (3, H, W) in [0, 1].
 
-    inputs, targets: two folders, whose subfolders are searched too; paired by name, see `by_name`.
+    inputs, targets: two folders, whose subfolders are searched too, or lists of paths; paired by name, see `by_name`.
     crop_size: side of a random crop, turned and flipped; None gives whole images. skip_bad: as in `Images`."""
 
     def __init__(self, inputs, targets, crop_size=None, seed=0, skip_bad=False):
         self.crop_size, self.seed = crop_size, seed
         pairs, unpaired = by_name(below(inputs), below(targets))
         self.items, self.left_out = check(pairs, skip_bad, unpaired)
+        if not self.items:
+            raise InputError(f"no photos for pairs: {'; '.join(self.left_out) or 'the lists are empty'}")
 
     def __getitem__(self, i):
         both = [load(path) for path in self.items[i]]

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def exit_code(command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt as e:
         print(str(e) or "stopped", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not any(text in str(e) for text in NO_MEMORY):
+            raise
+        why = (str(e) or "MemoryError").splitlines()[0]
+        print(f"error: memory ran out ({why}): smaller photos, --tile or --batch-size help", file=sys.stderr)
+        return 2
+
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "could not create a primitive", "ALLOC_FAILED")  # of PyTorch
 
 
 def asset(name: str) -> Path:
@@ -41,7 +51,9 @@ def atomic_write(path: Name):
     Raises InputError where the place cannot be written; what was there before is then still there.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # same folder and ending, so renaming is atomic
+    name = os.fsencode(path.name)
+    short = path.name if len(name) < 240 else f"{zlib.crc32(name):08x}{path.suffix}"  # 255 bytes are allowed
+    temporary = path.with_name(f".{os.getpid()}.{short}")  # same folder and ending, so renaming is atomic
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

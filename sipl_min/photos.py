@@ -1,10 +1,13 @@
 """From a photo, on disk or in memory, to the restored photo: reading, writing, windows for large ones, folders."""
 
+import contextlib
 import itertools
 import math
 import os
 import re
 import tempfile
+import threading
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import imageio.v3 as iio
 import numpy as np
 import tifffile
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin
 from tqdm import tqdm
 
 from .degrade import mirror
@@ -20,19 +23,31 @@ from .fast import accelerated
 from .files import InputError, Name, atomic_write
 from .weights import default_feedback, default_steps, refiner
 
-TIFF = (".tif", ".tiff")
-PHOTOS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", *TIFF, ".bmp", ".webp")  # what is read, restored and written
-MARGIN = 16  # pixels that `restore` mirrors
+JPEG, TIFF = (".jpg", ".jpeg", ".jpe", ".jfif"), (".tif", ".tiff")
+WRITTEN = (".png", *JPEG, *TIFF, ".bmp", ".webp")  # these keep their format
+READ = (".gif", ".avif", ".jp2", ".j2k")  # these become PNG
+RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
+PACKAGES = dict.fromkeys(RAW, "rawpy") | dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif")
+PACKAGES |= {".jxl": "pillow-jxl-plugin", ".psd": "psd-tools"}  # these only such a package reads
+PHOTOS = (*WRITTEN, *READ, *PACKAGES)  # what a folder is searched for
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "AVIF", "JPEG2000", "TIFF")  # as Pillow calls them
+MAX_PIXELS = 200e6
 
 
 def find(folder: Name, empty: bool = False) -> list[Path]:
     """The photos in a folder and its subfolders, sorted, without hidden ones. InputError for none, unless `empty`."""
-    if not Path(folder).is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         raise InputError(f"no folder {str(folder)!r}: check the path")
-    files = sorted(p / name for p, _, names in walk(folder) for name in names if Path(name).suffix.lower() in PHOTOS)
+    files = sorted(p for p in visible(folder) if p.suffix.lower() in PHOTOS)
     if not (files or empty):
-        raise InputError(f"no photos in {str(folder)!r}: put files ending in {', '.join(PHOTOS)} there")
+        raise InputError(f"no photos in {str(folder)!r}: put files ending in {', '.join(WRITTEN)} there")
     return files
+
+
+def visible(folder):
+    """All files in a folder and its subfolders, without hidden ones."""
+    return [place / name for place, _, names in walk(folder) for name in names]
 
 
 def walk(folder):
@@ -46,123 +61,179 @@ def walk(folder):
 
 
 def other_kinds(folder):
-    """How many files of a folder end otherwise than photos do, as in "2 .heic, 1 .txt"; empty for none."""
-    counts = Counter(Path(name).suffix.lower() or name for _, _, names in walk(folder) for name in names)
-    return ", ".join(f"{count} {ending}" for ending, count in counts.most_common() if ending not in PHOTOS)
+    """How many files of a folder end otherwise than photos do, as in "2 .ppm, 1 .txt"; empty for none."""
+    counts = Counter(p.suffix.lower() or p.name for p in visible(folder) if p.suffix.lower() not in PHOTOS)
+    return ", ".join(f"{count} {ending}" for ending, count in counts.most_common(5))
 
 
-# ------------------------------------------------------------------------------------------------------------ files
-def read(path: Name) -> np.ndarray:
+# --------------------------------------------------------------------------------------------------------- reading
+def read(path: Name, max_pixels: float = MAX_PIXELS) -> np.ndarray:
     """Read a photo: H x W [x C], uint8, uint16 or float (a TIFF's other types too), upright, with all its bits.
 
-    Raises InputError where the file is missing, damaged, no photo, an animation, larger than Pillow allows, or has
-    more bits than are read: color of 16 bits is read from TIFF only."""
-    return load(path)[0]
+    Raises InputError where the file is missing, damaged, no photo, an animation, has more than `max_pixels`, or more
+    bits than are read: color of 16 bits is read from TIFF only."""
+    return load(path, max_pixels)[0]
 
 
-def load(path):
-    """The pixels of a photo as `read` gives them; and its profile, EXIF and resolution: options of `Image.save`."""
-    kinds = ("TIFF",) if Path(path).suffix.lower() in TIFF else ("PNG", "JPEG", "BMP", "WEBP")
+def load(path, max_pixels):
+    """The pixels of a photo; and what else its file holds, as options of Pillow's `save`."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no file {str(path)!r}: check the path")
     try:
-        if "TIFF" in kinds:
-            with tifffile.TiffFile(path) as file:
-                if file.pages[0].bitspersample > 8:
-                    return load_deep(file.pages)
-        with Image.open(path, formats=kinds) as image:
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # MPO: a JPEG with previews behind it
-                raise InputError("it is an animation or has several pages, take it apart first")
-            if ";16B" in str(image.tile) and image.mode != "I;16":  # Pillow would drop 8 bits
-                raise InputError("color and alpha of 16 bits are read from .tif only, convert it to a 16-bit TIFF")
-            image.load()
-            try:
-                image = ImageOps.exif_transpose(image)
-            except Exception:  # some strange EXIF cannot be written anew: it is left out, the photo turned all the same
-                image.info.pop("exif", None)
-                image = ImageOps.exif_transpose(image)
-        if image.mode != "I;16":  # palettes, CMYK and the like become RGB
-            color = "L" if image.mode in ("1", "L", "LA") else "RGB"
-            image = image.convert(color + "A" * image.has_transparency_data)
-        names = ("icc_profile",) if "TIFF" in kinds else ("icc_profile", "exif", "dpi")
-        kept = {name: image.info[name] for name in names if name in image.info}
-        if kept.get("icc_profile", b"")[16:20] == b"CMYK":  # the pixels are RGB now
-            del kept["icc_profile"]
-        return np.asarray(image), kept
+        with ALONE, without_limit(), warnings.catch_warnings(), open(path, "rb") as f:
+            warnings.simplefilter("ignore")  # odd metadata is no damage; damaged pixels raise
+            if package := PACKAGES.get(path.suffix.lower()):
+                raise InputError(f"reading this kind takes the package {package}, convert it to PNG or TIFF first")
+            loader = load_tiff if f.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") else load_pillow
+            return loader(path, max_pixels)
     except Exception as e:  # decoders raise anything from OSError to struct.error
-        reason = str(e) or type(e).__name__
-        if isinstance(e, Image.DecompressionBombError):
-            reason += " Raise PIL.Image.MAX_IMAGE_PIXELS (--max-pixels)"
-        raise InputError(f"cannot read {str(path)!r} as {', '.join(kinds)}: {reason}") from e
+        reason = str(e).split("\n")[0] or type(e).__name__
+        raise InputError(f"cannot read {str(path)!r} as a photo: {reason}") from e
 
 
-def load_deep(pages):
-    """As `load`, for the pages of a TIFF of more than 8 bits, which Pillow would drop."""
-    page = pages[0]
-    if len(pages) > 1:
-        raise InputError("it has several pages, take it apart first")
-    if page.bitspersample % 16 or page.photometric not in (1, 2) or 1 in page.extrasamples:  # 1: multiplied by alpha
-        raise InputError("its kind of color, bits or alpha is not read, convert it to a plain 16-bit RGB or gray TIFF")
-    image = page.asarray()
-    image = np.moveaxis(image, 0, -1) if page.planarconfig > 1 and image.ndim == 3 else image  # a plane each
-    orientation = page.tags.valueof(274, default=1)
+ALONE = threading.RLock()  # Pillow's limit and Python's warnings belong to all threads
+
+
+@contextlib.contextmanager
+def without_limit():
+    """Without Pillow's limit of pixels: `max_pixels` is the only one."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def check_size(pixels, pages, max_pixels):
+    if pages > 1:
+        raise InputError(f"it is an animation or has several pages ({pages}), take it apart first")
+    if pixels > max_pixels:
+        limit = f"{max_pixels / 1e6:.1f} million, raise it with max_pixels (--max-pixels)"
+        raise InputError(f"its {pixels / 1e6:.1f} million pixels are above the limit of {limit}")
+
+
+DEEP = rb"av1C..[\x40-\x7f\xc0-\xff]|\xff\x4f\xff\x51.{38}[\x08-\x7f\x88-\xff]"  # a flag of AVIF, bits of JPEG 2000
+KEPT = dict(icc_profile=bytes, exif=bytes, xmp=bytes, comment=bytes, dpi=tuple)
+
+
+def load_pillow(path, max_pixels):
+    with Image.open(path, formats=FORMATS) as image:
+        previews = image.format == "MPO" and "Multi-Frame" not in str(image.mpinfo)  # as in JPEGs of many cameras
+        check_size(image.width * image.height, 1 if previews else getattr(image, "n_frames", 1), max_pixels)
+        content = path.read_bytes() if image.format in ("AVIF", "JPEG2000") else b""
+        deep = re.search(DEEP, content, re.DOTALL) or re.search(";16[BLN]", str(image.tile))  # e.g. RGB;16B in PNG
+        if deep and not image.mode.startswith("I;16"):
+            raise InputError("more than 8 bits a channel are read from gray only, convert it to a plain 16-bit TIFF")
+        image.load()
+        try:
+            upright = ImageOps.exif_transpose(image)
+        except Exception:  # no EXIF, or some that cannot be written anew: it is left out, the photo turned all the same
+            image.info.pop("exif", None)
+            upright = ImageOps.exif_transpose(image)
+        info = upright.info
+        kept = {name: info[name] for name, kind in KEPT.items() if isinstance(info.get(name), kind)}
+        if kept.get("icc_profile", b"")[16:20] == b"CMYK":  # the pixels become RGB
+            del kept["icc_profile"]
+        if image.format == "PNG":
+            kept["pnginfo"] = PngImagePlugin.PngInfo()
+            for key, text in image.text.items():
+                changed = info.get(key)  # `info` knows that the pixels are upright
+                add = kept["pnginfo"].add_itxt if key.startswith("XML:") else kept["pnginfo"].add_text  # XMP
+                add(key, changed if isinstance(changed, str) else text)
+        if image.format in ("JPEG", "MPO"):
+            kept |= dict(qtables=image.quantization, subsampling=max(JpegImagePlugin.get_sampling(image), 0))
+        if image.format == "WEBP" and re.search(rb"VP8[L ]", path.read_bytes())[0] == b"VP8L":
+            kept |= dict(lossless=True, exact=True)
+        if upright.mode not in ("I", "F") and not upright.mode.startswith("I;16"):
+            color = "L" if upright.mode in ("1", "L", "LA") else "RGB"  # palettes, CMYK and the like become RGB
+            upright = upright.convert(color + "A" * upright.has_transparency_data)
+        elif upright.has_transparency_data:
+            raise InputError("a color that stands for transparent is not read from 16 bits, save it as TIFF with alpha")
+        return np.asarray(upright), kept
+
+
+def load_tiff(path, max_pixels):
+    """tifffile reads plain gray and RGB of any depth; other compressions and kinds of color are Pillow's."""
+    with tifffile.TiffFile(path) as f:
+        page = next((p for p in f.pages if not p.subfiletype & 0b101), f.pages[0])
+        pages = sum(not p.subfiletype & 0b101 for p in f.pages)  # without thumbnails and masks
+        check_size(page.imagewidth * page.imagelength, pages, max_pixels)
+        if 8 < page.bitspersample < 16:
+            raise InputError(f"{page.bitspersample} bits a channel are not read, convert it to 16 bits first")
+        deflated = page.compression in (1, 8, 32946)  # or not compressed
+        if not deflated or page.photometric > 2 or page.bitspersample < 8:
+            if page.index:  # where Pillow would take the first
+                raise InputError("its first page is a thumbnail, save it as a plain TIFF of one page first")
+            if page.bitspersample > 8 and page.samplesperpixel > 1:
+                raise InputError("more than 8 bits a channel are not read here, convert it to a plain 16-bit TIFF")
+            image, kept = load_pillow(path, max_pixels)
+            inverted = page.photometric == 0 and image.dtype == np.uint16  # gray where 0 is white, left so by Pillow
+            return 65535 - image if inverted else image, kept
+        if page.extrasamples[:1] == (1,):
+            raise InputError("its colors are multiplied by alpha, save it with unassociated alpha first")
+        image = page.asarray()
+        image = np.moveaxis(image, 0, -1) if page.planarconfig > 1 and image.ndim == 3 else image  # a plane each
+        if page.photometric == 0:  # gray where 0 is white
+            color, alpha = split_alpha(image)
+            top = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
+            image = np.concatenate([top - color, alpha], axis=2).reshape(image.shape)
+        kept = dict(icc_profile=page.iccprofile) if page.iccprofile else {}
+        if 282 in page.tags and page.tags.valueof(296, default=2) > 1:  # 1: no unit, so no resolution
+            kept["dpi"] = page.get_resolution("inch")
+        orientation = page.tags.valueof(274, default=1)
     image = image[:, ::-1] if orientation in (2, 4, 5, 7) else image
-    image = np.rot90(image, {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0))
-    return image, dict(icc_profile=page.iccprofile) if page.iccprofile else {}
+    return np.rot90(image, {3: 2, 4: 2, 5: 1, 6: 3, 7: 3, 8: 1}.get(orientation, 0)), kept
 
 
+# --------------------------------------------------------------------------------------------------------- writing
 def write(path: Name, image: np.ndarray, like: Name | None = None) -> None:
     """Write a photo whole or not at all. Raises InputError where the format cannot hold it; and what Pillow raises.
 
-    `like` is the file that the photo was read from: color profile, EXIF and resolution are carried over (to and
-    from TIFF only the profile). JPEG and WebP are of quality 95."""
+    `like` is the file that the photo was read from: color profile, EXIF, resolution and texts are carried over (to and
+    from TIFF only profile and resolution), and the quality of a JPEG, and whether a WebP is lossless; JPEG and WebP
+    are of quality 95 else."""
     check_fits(path, image)
-    kept = load(like)[1] if like else {}
+    ending, kept = Path(path).suffix.lower(), load(like, math.inf)[1] if like else {}
+    image = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+    options = kept if ending in JPEG and "qtables" in kept else dict(quality=95, subsampling=0) | kept
     with atomic_write(path) as temporary:
-        if Path(path).suffix.lower() not in TIFF:
-            iio.imwrite(temporary, image, plugin="pillow", quality=95, subsampling=0, **kept)
-            return
-        layout = dict(photometric="rgb" if image.shape[2:] > (2,) else "minisblack")
-        layout["planarconfig"] = "contig" if image.ndim == 3 else None
-        layout["extrasamples"] = [2] if image.shape[2:] in ((2,), (4,)) else None  # alpha, not multiplied in
-        layout |= dict(metadata=None, iccprofile=kept.get("icc_profile"))
-        iio.imwrite(temporary, image, plugin="tifffile", **layout)
+        if ending in TIFF:
+            layout = dict(photometric="rgb" if image.shape[2:] > (2,) else "minisblack")
+            layout["planarconfig"] = "contig" if image.ndim == 3 else None
+            layout["extrasamples"] = [2] if image.shape[2:] in ((2,), (4,)) else None  # alpha, not multiplied in
+            carried = dict(resolution=kept["dpi"], resolutionunit="inch") if "dpi" in kept else {}
+            carried |= dict(iccprofile=kept.get("icc_profile"))
+            iio.imwrite(temporary, image, plugin="tifffile", metadata=None, **layout, **carried)
+        else:
+            iio.imwrite(temporary, image, plugin="pillow", **options)
 
 
 def check_fits(path, image):
-    """Raise InputError where a file of this name cannot hold all channels and bits of a photo."""
     ending, channels = Path(path).suffix.lower(), np.atleast_3d(image).shape[2]
-    if ending not in PHOTOS:
-        raise InputError(f"cannot write {str(path)!r}: end the name in one of {', '.join(PHOTOS)}")
+    if ending not in WRITTEN:
+        raise InputError(f"cannot write {str(path)!r}: end the name in one of {', '.join(WRITTEN)}")
     alpha = {".png": (2, 4), ".webp": (4,)}.get(ending, ())
     eight = image.dtype == np.uint8 and channels in (1, 3, *alpha)
-    sixteen = image.dtype == np.uint16 and channels == 1 and ending == ".png"
+    sixteen = ending == ".png" and channels == 1 and image.dtype.kind == "u" and image.itemsize == 2
     if not (eight or sixteen or ending in TIFF):
-        raise InputError(f"{str(path)!r} cannot hold {image.dtype} with {channels} channels: name a TIFF (.tif)")
+        better = "PNG (.png)" if image.dtype == np.uint8 else f"{8 * image.itemsize}-bit TIFF (.tif)"
+        raise InputError(f"{str(path)!r} cannot hold {image.dtype} with {channels} channels: name a {better}")
 
 
 # ------------------------------------------------------------------------------------------------- arrays, tensors
-def to_tensor(photo: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """A photo as an array or a tensor -> (B, 3, H, W) float32 in [0, 1].
+def to_tensor(image: np.ndarray) -> torch.Tensor:
+    """H x W or H x W x C, uint8, uint16 or float in [0, 1] -> (1, 3, H, W) float32 in [0, 1].
 
-    The array is H x W or H x W x C, C = 1 to 4, uint8, uint16 or float in [0, 1]; B = 1, alpha is left out. The tensor
-    is float, (C, H, W) or (B, C, H, W), C = 1 or 3, in [0, 1]. Gray becomes three equal channels.
-    Raises InputError for other shapes, kinds and values."""
-    array = isinstance(photo, np.ndarray) and photo.ndim in (2, 3) and photo.shape[2:] <= (4,)
-    tensor = isinstance(photo, torch.Tensor) and photo.ndim in (3, 4) and photo.shape[-3] in (1, 3)
-    if array and photo.dtype.str[1:] in ("u1", "u2", "f2", "f4", "f8"):
-        color, _ = split_alpha(photo)
-        top = np.iinfo(photo.dtype).max if photo.dtype.kind == "u" else 1
-        x = torch.from_numpy(np.array(color, np.float32, order="C")) / top  # a copy: it may be read-only
-        x = x.permute(2, 0, 1)[None]
-    elif tensor and photo.is_floating_point():
-        x = photo.detach().float().reshape(-1, *photo.shape[-3:])
-    else:
-        wanted = "an array H x W or H x W x C, C = 1 to 4, uint8, uint16 or float, or a float tensor ([B,] 3, H, W)"
-        found = f"{type(photo).__name__} {getattr(photo, 'dtype', '')} {getattr(photo, 'shape', '')}"
-        raise InputError(f"a photo must be {wanted}, not {found}")
-    low, high = (float(v) for v in x.aminmax())
-    if not (low >= 0 and high <= 1):  # NaN fails both
-        raise InputError(f"a float photo must hold values in [0, 1], found {low:.3g} to {high:.3g}: scale or clean it")
-    return x.expand(-1, 3, -1, -1).contiguous()
+    Gray becomes three equal channels, alpha is left out. Raises InputError for other shapes, kinds and values."""
+    shaped = image.ndim in (2, 3) and 0 not in image.shape and image.shape[2:] <= (4,)
+    if not shaped or image.dtype.kind not in "fu" or image.dtype.kind == "u" and image.itemsize > 2:
+        wanted = "H x W or H x W x C with C = 1, 2, 3 or 4, and uint8, uint16 or float in [0, 1]"
+        raise InputError(f"a photo must be {wanted}, not {image.dtype} {image.shape}")
+    color, _ = split_alpha(image)
+    top = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
+    x = torch.from_numpy(np.array(color, np.float32, order="C")) / top  # a copy: it may be read-only
+    return check_range(x).permute(2, 0, 1)[None].expand(-1, 3, -1, -1).contiguous()
 
 
 def from_tensor(x: torch.Tensor, like: np.ndarray) -> np.ndarray:
@@ -174,10 +245,16 @@ def from_tensor(x: torch.Tensor, like: np.ndarray) -> np.ndarray:
     return np.concatenate([y.astype(like.dtype), alpha], axis=2).reshape(like.shape).astype(like.dtype, copy=False)
 
 
-def split_alpha(image):
-    """H x W [x C] -> color (H, W, 1 or 3), alpha (H, W, 0 or 1)."""
+def split_alpha(image):  # H x W [x C] -> color (H, W, 1 or 3), alpha (H, W, 0 or 1)
     image = np.atleast_3d(image)
     return np.split(image, [image.shape[2] - (image.shape[2] % 2 == 0)], axis=2)
+
+
+def check_range(x):
+    low, high = (float(v) for v in x.aminmax())
+    if not (low >= 0 and high <= 1):  # NaN fails both
+        raise InputError(f"a float photo must hold values in [0, 1], found {low:.3g} to {high:.3g}: scale or clean it")
+    return x
 
 
 # ------------------------------------------------------------------------------------------------------- restoring
@@ -197,13 +274,20 @@ def restore(model, photo, steps=None, feedback=None, tile=None, overlap=64, prog
     steps = default_steps(model) if steps is None else steps
     feedback = feedback or default_feedback(model)
     photo = read(photo) if isinstance(photo, Name) else photo
-    x = to_tensor(photo)
+    if isinstance(photo, Image.Image) and photo.mode not in ("L", "LA", "RGB", "RGBA", "I;16", "F"):
+        raise InputError(f"a photo of Pillow's mode {photo.mode!r}: pass its file, or photo.convert('RGB')")
+    photo = photo if isinstance(photo, torch.Tensor) else np.asarray(photo)
+    x = to_tensor(photo) if isinstance(photo, np.ndarray) else batch(photo)
     own = next(model.parameters())  # of the model's device and dtype
     side = window_side(model, x.shape, tile, overlap)
     side = math.inf if side >= max(x.shape[-2:]) else side  # its margin cuts no photo into windows
+
+    def refine(x):
+        return windows(lambda part: see(part.to(own)).to(x), x, side, overlap, progress)
+
     with accelerated(model):
         see = refiner(model, x, steps, feedback)
-        y = mirrored(lambda x: windows(lambda part: see(part.to(own)).to(x), x, side, overlap, progress), x)
+        y = mirrored(refine, x)
     if not y.isfinite().all():
         raise InputError(f"the result is not finite: {own.dtype} overflows, use float32, or the weights are broken")
     if isinstance(photo, np.ndarray):
@@ -212,11 +296,21 @@ def restore(model, photo, steps=None, feedback=None, tile=None, overlap=64, prog
     return y.clamp(0, 1).to(photo).reshape(photo.shape)
 
 
+MARGIN = 16  # pixels that `restore` mirrors
+
+
 def mirrored(function, x, margin=MARGIN):
     """function(x) for x (B, C, H, W) with a mirrored margin, which is cut off again."""
     H, W = x.shape[-2:]
     y = function(mirror(mirror(x, -2, margin, margin), -1, margin, margin))
     return y[..., margin : margin + H, margin : margin + W]
+
+
+def batch(x):  # a tensor -> (B, 3, H, W) float32
+    if x.ndim not in (3, 4) or x.shape[-3] not in (1, 3) or 0 in x.shape or not x.is_floating_point():
+        found = f"{x.dtype} {tuple(x.shape)}"
+        raise InputError(f"a tensor must be float, (B, 3, H, W) or (3, H, W), in [0, 1], not {found}")
+    return check_range(x.detach().float()).reshape(-1, *x.shape[-3:]).expand(-1, 3, -1, -1)
 
 
 # --------------------------------------------------------------------------------------------------------- windows
@@ -266,52 +360,70 @@ def free_memory(device):
 
 
 # --------------------------------------------------------------------------------------------------------- folders
-def restore_folder(model, source, target, steps=None, *, force=False, progress=True, **options):
+def restore_folder(model, source, target, steps=None, *, force=False, max_pixels=MAX_PIXELS, progress=True, **options):
     """Restore a photo, or all photos of a folder and its subfolders, into files of the same names and kinds.
 
-    What is in `target` already is skipped, unless `force`. `progress` shows a bar. options: feedback, tile, overlap of
+    Kinds that are only read become PNG: a.gif becomes a.gif.png. What is in `target` already is skipped, unless
+    `force`. `progress` shows a bar, and a line for each photo that became PNG. options: feedback, tile, overlap of
     `restore`. Returns how many were restored, how many skipped, and a sentence for each photo that failed.
-    Raises InputError where nothing can be done, or `source` is a single photo that failed; OSError where the target
-    cannot be written; and what `restore` raises for options that cannot work."""
+    Raises InputError where nothing can be done, or `source` is a single photo that failed."""
     source = Path(source)
     jobs = plan(source, Path(target))
     restored, skipped, problems = 0, 0, []
     options |= dict(steps=steps, progress=progress and len(jobs) == 1)
-    # options that cannot work, and folders that cannot be written, are found out now and not after minutes
-    restore(model, np.zeros((16, 16, 3), np.uint8), **options)
-    for folder in {place.parent for place in jobs}:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+    try:
+        restore(model, np.zeros((16, 16, 3), np.uint8), **options)  # options that cannot work are found out now
+    except (ValueError, RuntimeError) as e:
+        raise InputError(str(e).split("\n")[0]) from e
+    check_folder(next(iter(jobs)).parent)
     for place, path in tqdm(jobs.items(), unit="photo", disable=not progress or len(jobs) == 1):
         if place.is_file() and not force:
             skipped += 1
             continue
         try:
-            photo = read(path)
+            photo = read(path, max_pixels)
             check_fits(place, photo)
             write(place, restore(model, photo, **options), like=path)
             restored += 1
+            if progress and path.suffix.lower() not in WRITTEN:
+                tqdm.write(f"{path}: restored as {place.name}")
         except Exception as e:  # one bad photo never stops the others
-            reason = str(e).split("\n")[0] or type(e).__name__
-            problems.append(reason if repr(str(path)) in reason else f"{str(path)!r}: {reason}")
+            text = str(e).split("\n")[0] or type(e).__name__
+            if "memory" in text.lower() and not isinstance(e, InputError):
+                text += ": pass a smaller tile (--tile)"
+            problems.append(text if repr(str(path)) in text else f"{str(path)!r}: {text}")
     if problems and not source.is_dir():
         raise InputError(problems[0])
     return restored, skipped, problems
 
 
+def check_folder(folder):
+    """Make a folder, in which a file can be made. Raises InputError else."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise InputError(f"cannot write to the folder {str(folder)!r}: {e.strerror or e}") from e
+
+
 def plan(source, target):
-    """Where each restored photo goes, and the photo that it comes from."""
-    if source.is_dir():
-        files = find(source)
-        if source.resolve() in target.resolve().parents:  # what was restored earlier is not restored again
-            files = [path for path in files if target.resolve() not in path.resolve().parents]
-        jobs = {target / path.relative_to(source): path for path in files}
-    elif source.exists():
-        jobs = {target / source.name if target.is_dir() or not target.suffix else target: source}
-    else:
+    """The places of restored photos, each with the photo that it comes from."""
+    if not source.exists():
         raise InputError(f"no file {str(source)!r}: check the path")
-    originals = {path.resolve() for path in jobs.values()}
-    for place in jobs:
+    files, root = (find(source), source) if source.is_dir() else ([source], source.parent)
+    if source.resolve() in target.resolve().parents:  # what was restored earlier is not restored again
+        files = [p for p in files if target.resolve() not in p.resolve().parents]
+    if not files:
+        raise InputError(f"no photos in {str(source)!r} but those in {str(target)!r}: check the paths")
+    jobs, originals = {}, {path.resolve() for path in files}
+    for path in files:
+        name = str(path.relative_to(root))
+        place = target / (name if path.suffix.lower() in WRITTEN else f"{name}.png")
+        if not source.is_dir() and not target.is_dir() and target.suffix:  # the name of a file
+            place = target
         if place.resolve() in originals:
             raise InputError(f"{str(place)!r} is an original itself: name another place for what is restored")
+        if place in jobs:
+            raise InputError(f"{str(path)!r} and {str(jobs[place])!r} would be one file, {str(place)!r}: rename one")
+        jobs[place] = path
     return jobs

@@ -7,13 +7,16 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -76,7 +79,15 @@ def again(model, x, y):
     return list(model.estimates(x, 1, "again"))
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (authors, backbone, privilege, unroll, again)}
+def overview(model, x, y):
+    """For photos that are restored in windows: P = E(o), o the whole photo shrunk; estimate f(x; Read(D, P)).
+
+    x: a window of a damaged crop and the whole crop shrunk to its size, as channels, (B, 6, H, W). Our own."""
+    x, o = x.chunk(2, dim=1)
+    return model(x, model.privileged(o))
+
+
+RECIPES = {recipe.__name__: recipe for recipe in (authors, backbone, privilege, unroll, again, overview)}
 RECIPE_SETTINGS = {name: {} for name in RECIPES}  # the settings that a recipe needs, or was made for
 RECIPE_SETTINGS |= {"unroll": dict(identity_start=True)} | dict.fromkeys(("backbone", "again"), dict(fusion=False))
 
@@ -96,12 +107,14 @@ class Options:
     grad_clip: float = 1.0  # largest norm of the gradient
     seed: int = 0  # of everything random
     save_every: int = 100  # steps between checkpoints
+    save_minutes: float = 10.0  # and minutes
     validate_every: int = 100  # steps
     accumulate: int = 1  # parts in which a batch is worked on, for lack of memory
     num_workers: int = 0  # processes that make batches ahead, on the CPU
     ema: float = 0.0  # decay of a moving average of the weights, e.g. 0.999: what is then validated, saved, and left
     decibels: float = 0.0  # weight of the estimates' PSNR in the loss, beside L1: L1 alone forgets photos nearly right
     shares: dict[str, int] = field(default_factory=dict)  # column -> how often it is met, if not as in `degrade.SHARES`
+    window: int = 0  # pixels a side of the random part of each crop, damaged whole, that is learned from; 0: all of it
     mild: float = 0.0  # share of the crops that are degraded only in part, see `data.batch`
     autocast: bool | None = None  # bfloat16; None: on CUDA only
     start: str = ""  # label of the weights that the model comes with
@@ -114,12 +127,12 @@ class Options:
         for name in ("num_steps", "batch_size", "crop_size", "lr", "grad_clip", "accumulate", *SAVING):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)!r} must be a positive number")
-        for name in ("ema", "mild", "seed", "warmup", "weight_decay", "decibels"):
+        for name in ("ema", "mild", "window", "seed", "warmup", "weight_decay", "decibels"):
             if not 0 <= getattr(self, name) < (1 if name == "ema" else math.inf):
                 raise InputError(f"{name}={getattr(self, name)!r} must be 0 or more, and ema less than 1")
 
 
-SAVING = ("save_every", "validate_every")
+SAVING = ("save_every", "save_minutes", "validate_every")
 # What may be another when a training goes on: it changes no number, or somebody has a reason.
 FREE = (*SAVING, "num_steps", "lr", "grad_clip", "accumulate", "processes", "num_workers", "autocast")
 
@@ -139,6 +152,8 @@ def finetune_options(model: SIPL, start: str = "", recipe: str | Callable | None
         options["suite"] = about["suite"]
     if about.get("recipe") in RECIPES:
         options["recipe"] = about["recipe"]
+    if "window" in about and recipe in (None, "overview"):
+        options |= dict(window=about["window"], crop_size=3 * about["window"])
     return options
 
 
@@ -168,7 +183,8 @@ def fit(
 
     Args:
         data: None for the embedded images; a folder of photos, a list of H x W x 3 arrays, or a `data.Images`, to which
-            degradations are added; or a PyTorch data set of (x, y), degraded and clean, (3, H, W) in [0, 1].
+            degradations are added; a PyTorch data set of (x, y), degraded and clean, (3, H, W) in [0, 1]; or any
+            iterable of batches of these, gone through again and again, and from its start when a training goes on.
         recipe: a name in RECIPES, or a function like those. Default: what the weights were trained with, or "authors",
             and without Proxy Fusion "backbone".
         folder: gets `checkpoint.pt`, `model.safetensors` and `log.csv`. A checkpoint that is there goes on, bit for bit
@@ -207,8 +223,10 @@ def fit(
         model.about = result.about = model.about | dict(num_steps=o.trained + step)
         if folder and rank == 0:
             save_checkpoint(folder, result, log, parts, run=run, step=step, about=model.about)
+        return monotonic()
 
-    source = batches(data, first, o, device)
+    saved_at = monotonic()
+    source = batches(data, first, o, device, overview=recipe is overview)
     bar = tqdm(range(first, o.num_steps), initial=first, total=o.num_steps, disable=not progress or rank, unit="step")
     with patient() as asked, contextlib.ExitStack() as behind:
         for end in (source.close, model.eval, partial(accelerate, model, was_fast)):
@@ -235,8 +253,8 @@ def fit(
             if validate and ((step + 1) % o.validate_every == 0 or step + 1 == o.num_steps):
                 log[-1] |= {name: float(v) for name, v in validate(copy.deepcopy(result).eval()).items()}
             bar.set_postfix(loss=f"{loss:.4f}", psnr=f"{psnr:.2f} dB", refresh=False)
-            if stopping or (step + 1) % o.save_every == 0:
-                save(step + 1)
+            if stopping or (step + 1) % o.save_every == 0 or monotonic() - saved_at > 60 * o.save_minutes:
+                saved_at = save(step + 1)
             if stopping:
                 bar.close()
                 model.load_state_dict(result.state_dict())
@@ -329,8 +347,8 @@ def find_data(data, o, given):
     return data
 
 
-def batches(data, first, o, device):
-    """Yield x, y (B, 3, H, W) on the device, from step `first` on."""
+def batches(data, first, o, device, overview=False):
+    """Yield x, y (B, 3, H, W) on the device, from step `first` on. overview: as in `cut`."""
     pin = o.num_workers > 0 and device.type == "cuda"
     load = partial(DataLoader, num_workers=o.num_workers, pin_memory=pin, worker_init_fn=leave_interrupts)
     if isinstance(data, Images):
@@ -338,14 +356,14 @@ def batches(data, first, o, device):
         make = partial(batch, data, device="cpu" if o.num_workers else device, **options)
         found = iter(load(range(first, o.num_steps), batch_size=None, collate_fn=make))  # step -> its batch
     else:
-        found = in_order(data, first, o, load)
+        found = in_order(data, first, o, load) if isinstance(data, Dataset) else again_and_again(data)
     for step in range(first, o.num_steps):
         torch.manual_seed(hash_seed(o.seed, step, 3))  # for data sets that draw random numbers
         x, y, *_ = next(found)
         if not isinstance(data, Images):
             check_batch(x, y)
         torch.manual_seed(hash_seed(o.seed, step, 3))  # for recipes and layers: a DataLoader that begins draws one, too
-        yield [t.to(device, torch.float32, non_blocking=True) for t in (x, y)]
+        yield cut(*(t.to(device, torch.float32, non_blocking=True) for t in (x, y)), o.window, overview)
 
 
 def check_batch(x, y):
@@ -366,9 +384,33 @@ def in_order(data, first, o, load):
         yield from load(data, batch_sampler=order[skipped:per_epoch], generator=g)
 
 
+def again_and_again(data):
+    for epoch in itertools.count():
+        if hasattr(own := getattr(data, "dataset", None), "set_epoch"):  # of a DataLoader
+            own.set_epoch(epoch)
+        item = None
+        for item in data:
+            yield item
+        if item is None:
+            raise InputError("there are no more batches: pass what can be gone through again, such as a DataLoader")
+
+
 def leave_interrupts(_):
     """Ctrl-C reaches the workers too, and only `fit` is to act on it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def cut(x, y, side, overview=False):
+    """The same random part, side x side pixels, of degraded and clean crops (B, 3, H, W); side 0: all of them.
+
+    overview: three more channels beside the degraded part, the whole crop shrunk to its size."""
+    H, W = x.shape[-2:]
+    if side > min(H, W) - overview or overview and not side:  # an overview shows more than its window
+        needed = ": recipe 'overview' needs a smaller one, e.g. window=64, crop_size=192" if overview else ""
+        raise InputError(f"window={side} does not fit crops of {H} x {W} pixels{needed}")
+    top, left = (int(torch.randint(n - side + 1, ())) if side else 0 for n in (H, W))
+    part, y = (t[..., top : top + (side or H), left : left + (side or W)] for t in (x, y))
+    return (torch.cat([part, F.interpolate(x, part.shape[-2:], mode="area")], 1) if overview else part), y
 
 
 def pick_device(name: Any = None) -> torch.device:
@@ -406,8 +448,8 @@ def processes(device: Any = None):
 # ----------------------------------------------------------------------------------------------------- checkpoints
 def describe(model, label, data, o):
     """All that a training follows from, as plain text and numbers."""
-    images = data.names() if isinstance(data, Images) else type(data).__name__
-    images = f"{images}: {len(data)} pairs" if isinstance(data, Dataset) else images
+    images = data.names() if isinstance(data, Images) else [type(data).__name__]
+    images = [f"{images[0]}: {len(data)} pairs"] if isinstance(data, Dataset) else images
     run = dict(settings=asdict(model.settings), recipe=label, images=images, processes=ranks()[1]) | asdict(o)
     return json.loads(json.dumps(run))
 
@@ -415,11 +457,22 @@ def describe(model, label, data, o):
 def about_weights(model, data, run):
     """What a weight file tells of its training, beside the number of steps."""
     about, recipe = getattr(model, "about", {}), run["recipe"]
-    if about.get("recipe", recipe) != recipe:  # T was chosen for that one
-        about = {name: v for name, v in about.items() if name != "steps"}
-    new = {name: run[name] for name in ("recipe", "command", "decibels")} | dict(images=len(data))
+    if about.get("recipe", recipe) != recipe:  # T and windows were of that
+        about = {name: v for name, v in about.items() if name not in ("steps", "window")}
+    new = {name: run[name] for name in ("recipe", "command", "decibels")}
+    new |= dict(images=len(data)) if isinstance(data, Images | Dataset) else {}
+    new |= dict(window=run["window"]) if recipe == "overview" else {}
     new |= dict(suite=run["suite"]) if isinstance(data, Images) else {}
     return {name: v for name, v in about.items() if name not in new} | {name: v for name, v in new.items() if v}
+
+
+def counts(images):
+    """Images by name, pairs by column: how many there are of each."""
+    found = Counter()
+    for name in images:
+        pairs = re.match("(.+): ([0-9]+) pairs", name)
+        found[pairs[1] if pairs else name] += int(pairs[2]) if pairs else 1
+    return found
 
 
 def compare(path, state, run):
@@ -427,15 +480,19 @@ def compare(path, state, run):
     if run["num_steps"] < state["step"]:
         advice = "pass num_steps={0} (--steps {0}) or more".format(state["step"])
         raise InputError(f"{str(path)!r} has {state['step']} steps behind it: {advice}")
-    was, now = (r["settings"] | r for r in (state["run"], run))
-    changed = [name for name in now if now[name] != was.get(name, now[name]) and name not in ("settings", "command")]
-    for name in changed:
-        if name not in FREE:
-            what = "images" if name == "images" else f"{name}={was[name]!r}, now {now[name]!r}"
+    was, now = (dict(window=0) | r["settings"] | r for r in (state["run"], run))
+    news = []
+    for name in (name for name in now if name not in ("settings", "command")):
+        old, new = was.get(name, now[name]), now[name]
+        if name == "images" and counts(new) < counts(old):
+            news.append(f"{(counts(old) - counts(new)).total()} images or pairs left out")
+        elif name in FREE and old != new:
+            news.append(f"{name}={new!r} (before: {old!r})")
+        elif old != new:
+            what = "images" if name == "images" else f"{name}={old!r}, now {new!r}"
             advice = "repeat its arguments, or pass another folder"
             raise InputError(f"{str(path)!r} is of another training ({what}): {advice}")
-    news = ", ".join(f"{name}={now[name]!r} (before: {was[name]!r})" for name in changed)
-    return f"{str(path)!r} goes on from step {state['step']}, with {news}\n" if news else ""
+    return f"{str(path)!r} goes on from step {state['step']}, with {', '.join(news)}\n" if news else ""
 
 
 FILES = ("checkpoint.pt", "model.safetensors", "log.csv")  # of a training

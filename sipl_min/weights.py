@@ -10,6 +10,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 from .backbones import BiasFreeNorm
 from .files import InputError, Name, asset, atomic_write
-from .sipl import SIPL, LayerNorm2d
+from .sipl import BACKBONES, SIPL, LayerNorm2d, Settings
 from .wrap import Taps, Wrapped
 
 INCLUDED = ("nano", "nano-authors", "nano-backbone")  # trained weights in data/
@@ -44,28 +45,33 @@ def refiner(model: SIPL, photo: torch.Tensor, steps: int, feedback: str, return_
     Raises InputError if these are to refine: they were not trained for it."""
     side = getattr(model, "about", {}).get("window")
     if not side:
-        return lambda x: model.refine(x, steps, feedback, return_all)
+        return partial(model.refine, steps=steps, feedback=feedback, return_all=return_all)
     if steps or feedback != "privilege":
         wrong = f"steps={steps}, feedback={feedback!r}"
         raise InputError(f"{wrong}: weights of the recipe 'overview' make one guided pass, pass steps=0 (--steps 0)")
-    with torch.no_grad():
-        overview = F.interpolate(photo, (side, side), mode="area").to(next(model.parameters()))
-        privileged = model.privileged(overview)
+    overview = F.interpolate(photo, (side, side), mode="area").to(next(model.parameters()))
 
     @torch.no_grad()
     def guided(x):
         y = model(x, privileged)
         return y[None] if return_all else y
 
+    with torch.no_grad():
+        privileged = model.privileged(overview)
     return guided
 
 
 def save(model: SIPL, path: Name) -> None:
     """Write weights, settings and `model.about` to one safetensors file, whole or not at all.
 
-    A name without an ending is a folder, which gets model.safetensors. Raises InputError where it cannot be written."""
-    path = Path(path) if Path(path).suffix else Path(path) / "model.safetensors"
+    A name without an ending is a folder, which gets model.safetensors, and config.json for people to read.
+    Raises InputError where the place cannot be written."""
+    path = Path(path)
     header = json.dumps({"settings": asdict(model.settings), "about": getattr(model, "about", {})})
+    if not path.suffix:
+        with atomic_write(path / "config.json") as temporary:
+            temporary.write_text(header, encoding="utf-8")
+        path = path / "model.safetensors"
     tensors = {n: t.cpu().clone(memory_format=torch.contiguous_format) for n, t in model.state_dict().items()}
     with atomic_write(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, {"sipl_min": header}))
@@ -76,45 +82,57 @@ def load(source: Name | dict[str, Any] = "nano", device: Any = None, net: torch.
     """A model with trained weights, in float32 and in evaluation mode; a backbone alone where the weights are that.
 
     Args:
-        source: one of INCLUDED; a file of `save`, or its folder; a published file or state dict, also as Lightning,
-            BasicSR or DataParallel keep it. The settings of a published network follow from its shapes.
+        source: one of INCLUDED; a file of `save`, or its folder; a training's `checkpoint.pt`; a state dict, ours or a
+            published one, or a file of it, also in the wrappers of Lightning, BasicSR, DataParallel or torch.compile.
         net: the network around which a file of `SIPL.wrap` was saved; it gets its weights back, in its own dtype.
+    Where no settings come with the weights they follow from the shapes.
     Raises InputError where weights are missing, damaged, or of a kind not known here."""
     name = "the state dict" if isinstance(source, dict) else repr(os.fspath(source))
-    content, header = (source, {}) if isinstance(source, dict) else read(source)
+    path = None if isinstance(source, dict) else find(source)
+    advice = "pass whole weights of SIPL, or of PromptIR, Restormer, AdaIR or NAFNet (RGB, four levels)"
     try:
+        content, header = read(path) if path else (source, {})
+        tensors, header = unwrap(content, header)
         wrapped = "encoder" in header.get("settings", {})
-        if wrapped != (net is not None):
-            raise ValueError(f"it holds {'a' if wrapped else 'no'} network wrapped by SIPL.wrap")
-        tensors = content if wrapped else modernize(content if header else unwrap(content), name)
-        settings = header["settings"] if header else infer(tensors)
-        settings = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items() if n != "aligned"}
-        with torch.random.fork_rng(devices=[]):  # to load draws no random number
-            model = Wrapped(net, Taps(**settings)) if wrapped else SIPL("paper", **settings)
+        if net is not None and not wrapped:
+            advice = "leave out net"
+            raise ValueError("it holds no network wrapped by SIPL.wrap")
+        if wrapped:
+            advice = "pass the network that it was saved around, SIPL.load(..., net=the_network)"
+        else:
+            tensors = modernize(tensors, name)
+        settings = header["settings"] if header else infer(tensors, name)
+        model = build(settings, tensors, net, "meta")  # there it takes no memory, whatever a file asks for
         if not header:
             names = {published_name(n, model.settings.backbone): n for n in model.state_dict()}
             tensors = {names.get(n, n): t for n, t in tensors.items()}
-        if settings.get("backbone") == "restormer" and "encoder.levels.0.0.norm1.bias" not in tensors:  # BiasFree
-            for module in [*model.encoder.modules(), *model.decoder.modules()]:
-                if isinstance(module, LayerNorm2d):
-                    module.__class__, module.bias = BiasFreeNorm, None
-        copy.deepcopy(model).load_state_dict(tensors)  # raises before `net` is touched, if something does not fit
-        model.load_state_dict(tensors)
-        model.about = dict(header.get("about", {}))
+        # raises where names or shapes differ, before `net` is touched or memory is taken
+        copy.deepcopy(model).to("meta").load_state_dict({n: t.to("meta") for n, t in tensors.items()})
+        about = dict(header.get("about", {}))
     except Exception as e:  # a strange file can raise anything
-        reason = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
-        published = "whole weights of PromptIR, Restormer, AdaIR or NAFNet (RGB, four levels)"
-        advice = f"pass a file of model.save (with net=the_network for one of SIPL.wrap), or {published}"
+        reason = f"{e.args[0]} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())[:200].rstrip(". ")
         raise InputError(f"{name}: {reason}: {advice}") from e
+    if wrapped:
+        model.fusion.to_empty(device=next(net.parameters(), torch.empty(0)).device)
+    else:
+        with torch.random.fork_rng(devices=[]):  # anew: a backbone may hold what no file has
+            model = build(settings, tensors, None, "cpu")
+    model.load_state_dict(tensors)
+    model.about = about
     return model.to(device).eval()
 
 
-def read(source):
-    """What a file holds, and its header if `save` wrote it. No code in it is run."""
+def find(source):
+    """The path of what `load` was given by name."""
     path = asset(f"{source}.safetensors") if source in INCLUDED else Path(source)
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"{str(path)!r}: no such file: check the path, or use one of {', '.join(INCLUDED)}")
+    return path
+
+
+def read(path):
+    """What a file holds, and its header if `save` wrote it; no code in it is run."""
     try:
         with open(path, "rb") as f, torch.serialization.safe_globals([Namespace]):  # as training scripts keep options
             if f.read(9)[8:] != b"{":  # safetensors begin with eight bytes for the length of a JSON header
@@ -124,31 +142,67 @@ def read(source):
             header = (f.metadata() or {}).get("sipl_min", "{}")
         return safetensors.torch.load_file(path), dict(json.loads(header))
     except Exception as e:  # damaged files raise anything, and PyTorch would advise to run the code in them
-        why = f"it is damaged, no weight file, or holds code, which is not run ({type(e).__name__})"
-        raise InputError(f"{str(path)!r}: {why}: get it again, or pass its state dict") from e
+        code = re.search(r"GLOBAL ([\w.]+)", str(e))
+        reason = f"it wants to call {code[1]}, which is not done here" if code else f"not readable ({type(e).__name__})"
+        raise ValueError(reason) from e
 
 
-def unwrap(content):
-    """The state dict of a network in what training frameworks put around it: a key, other tensors, longer names."""
-    for key in ("state_dict", "model", "params_ema", "params"):
-        content = content.get(key, content)
-    first = r"(.*?)(patch_embed\.proj|intro)\.weight"  # what stands before it is a wrapper's
-    prefix = min((m[1] for n in content if (m := re.fullmatch(first, n))), key=len, default="")
-    if prefix and any(n.startswith("fusion.") for n in content):
-        raise ValueError("it is of a network wrapped by SIPL.wrap, without its settings")
-    return {n.removeprefix(prefix): t for n, t in content.items() if n.startswith(prefix)}
+def unwrap(content, header):
+    """Take off what training frameworks put around a state dict; a checkpoint of our own training has a header."""
+    content = content if isinstance(content, dict) else {}
+    run = content.get("run")
+    if isinstance(run, dict) and "settings" in run:
+        about = {key: run[key] for key in ("recipe", "suite", "num_steps") if key in run}
+        header = {"settings": run["settings"], "about": content.get("about", about)}
+        content = content.get("average") or content["model"]  # the average is what was validated
+        content = {n.removeprefix("module."): t for n, t in content.items() if n != "n_averaged"}
+    for key in ("state_dict", "model_state_dict", "model", "params_ema", "params"):
+        content = content[key] if isinstance(content.get(key), dict) else content
+    tensors = {str(n).replace("_orig_mod.", ""): t for n, t in content.items() if isinstance(t, torch.Tensor)}
+    if not tensors:
+        raise ValueError("it holds no tensor")
+    if header:
+        return tensors, header
+    first = r"((?:.*\.)?)(encoder\.embed|patch_embed\.proj|intro)\.weight"  # what stands before it is a wrapper's
+    prefix = min((m[1] for n in tensors if (m := re.fullmatch(first, n))), key=len, default="")
+    if prefix and any(n.startswith("fusion.") for n in tensors):
+        raise ValueError("it holds a network wrapped by SIPL.wrap without its settings, which model.save writes")
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, {}
 
 
 def modernize(tensors, name):
     """Own names of earlier versions, and published tensors that are not as here -> those of today."""
     if any(n.startswith("aligned.") for n in tensors):
-        warnings.warn(f"{name}: aligned.* are no longer part of the network: refinements move a little", stacklevel=3)
+        text = "are no longer part of the network and left out: the first pass stays, refinements move a little"
+        warnings.warn(f"{name}: the tensors aligned.* {text}", stacklevel=3)
     renamed = {}
     for n, t in tensors.items():
         n = n.replace(".where.", ".spatial_gate.").replace(".which.", ".channel_gate.")  # of AdaIR
         if not re.match(UNUSED, n):
-            renamed[n] = t.squeeze(0) if t.ndim == 5 else t  # prompt maps (1, 5, C, S, S)
+            renamed[n] = t[0] if t.ndim == 5 and len(t) == 1 else t  # prompt maps (1, 5, C, S, S)
     return renamed
+
+
+def build(settings, tensors, net, device):
+    """The model of these settings, untrained."""
+    settings = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items() if n != "aligned"}
+    with torch.device(device):
+        if "encoder" in settings and net is None:
+            raise ValueError("it holds a network wrapped by SIPL.wrap")
+        if "encoder" in settings:
+            return Wrapped(net, Taps(**settings))
+        if (name := settings.get("backbone", "promptir")) not in BACKBONES:
+            raise ValueError(f"its backbone {name!r} is not known here: enter it into sipl.BACKBONES first")
+        s = Settings(**settings)
+        if name in FAMILIES and sum(s.blocks) + s.refinement + s.middle + sum(s.decoder_blocks) > len(tensors):
+            raise ValueError("its settings ask for more blocks than it has tensors")
+        model = SIPL("paper", **settings)
+    norms = [n for n in tensors if re.match(r"encoder.*\.norm\d\.(body\.)?bias$", n)]
+    if name in FAMILIES and not norms:  # Restormer's BiasFree
+        for module in [*model.encoder.modules(), *model.decoder.modules()]:
+            if isinstance(module, LayerNorm2d):
+                module.__class__, module.bias = BiasFreeNorm, None
+    return model
 
 
 def from_backbone(source: Any, identity_start: bool = False, **overrides: Any) -> SIPL:
@@ -158,8 +212,10 @@ def from_backbone(source: Any, identity_start: bool = False, **overrides: Any) -
         source: what `load` takes, or a `SIPL`. Its encoder and decoder are copied.
         identity_start: True makes the untrained first pass equal the backbone's output, to rounding.
         overrides: other settings of Proxy Fusion: dictionary_size, dictionary_std, read_heads, write_heads.
-    Raises InputError for other settings, and as `load` for its source."""
+    Raises InputError for other settings and for a wrapped network, as `load` for its source."""
     plain = source if isinstance(source, SIPL) else load(source)
+    if isinstance(plain, Wrapped):
+        raise InputError("this model is wrapped around a network already: use SIPL.wrap(net, ..., identity_start=True)")
     for name in overrides.keys() - {"dictionary_size", "dictionary_std", "read_heads", "write_heads"}:
         raise InputError(f"setting {name!r} is not one of Proxy Fusion, and the backbone is given: leave it out")
     settings = asdict(plain.settings) | dict(fusion=True, identity_start=identity_start) | overrides
@@ -196,13 +252,16 @@ RESTORMER = [  # and what was made of it: PromptIR, AdaIR
     (r"\.inner\.1\.", ".dwconv."),
 ]
 NAFNET = [
+    (r"^encoder\.embed", "intro"),
+    (r"^encoder\.down", "downs"),
     (r"^(encoder|decoder)\.levels", r"\1s"),
     (r"^decoder\.down", "downs.3"),
-    (r"^(encoder|decoder)\.", ""),
+    (r"^decoder\.middle", "middle_blks"),
+    (r"^decoder\.up", "ups"),
+    (r"^decoder\.output", "ending"),
     (r"\.inner\.(\d)", ".conv{l}"),
 ]
-NAFNET_WORDS = dict(embed="intro", down="downs", middle="middle_blks", up="ups", output="ending")
-NAFNET_WORDS |= dict(channels="sca.1", out="conv3", ffn_inner="conv4", ffn_out="conv5")
+NAFNET_WORDS = dict(out="conv3", channels="sca.1", ffn_inner="conv4", ffn_out="conv5")
 WORDS = dict(attention="attn", out="project_out")
 WORDS |= dict(norm_query="norm11.body", norm_context="norm12.body", norm_ffn="norm2.body")  # of Proxy Fusion
 WORDS |= dict(maps="prompt_param", choose="linear_layer", conv="conv3x3")  # of PromptIR; the others are of AdaIR
@@ -210,14 +269,12 @@ WORDS |= dict(embed="conv1", rate="rate_conv", mix="frequency_refine.proj", weig
 WORDS |= dict(spatial_gate="frequency_refine.SpatialGate.spatial", channel_gate="frequency_refine.ChannelGate.mlp")
 WORDS |= dict(high="channel_cross_l", low="channel_cross_h", merge="channel_cross_agg")  # crossed in the original
 
-PER_SCALE = dict(read_heads=("p{}_cross.attn.temperature", 0), write_heads=("cross_p{}.attn.temperature", 0))
-PER_SCALE |= dict(dictionary_size=("privileged_dictionary{}", -1))  # setting -> a published name, and its dimension
-PER_SCALE |= dict(prompt_channels=("prompt{}.prompt_param", 1), prompt_size=("prompt{}.prompt_param", 3))
+FAMILIES = dict(nafnet="intro.", adair="fre1.", promptir="prompt1.", restormer="patch_embed.")  # the first that fits
 UNUSED = r"(aligned|chnl_reduce\d|reduce_noise_channel_\d|fre\d\.(conv|score_gen))\."  # connected to nothing
 
 
 def published_name(name, backbone):
-    """Our name of a tensor -> the name under which it was published."""
+    """Our name of a tensor -> the name under which it was published; a published name stays."""
     rules, words = (NAFNET, NAFNET_WORDS) if backbone == "nafnet" else (RESTORMER, WORDS)
     for pattern, replacement in FUSION + rules:
         if found := re.search(pattern, name):
@@ -226,24 +283,45 @@ def published_name(name, backbone):
     return ".".join(words.get(word, word) for word in name.split("."))
 
 
-def infer(tensors):
-    """The settings that published names and shapes imply. Raises KeyError for a name that is missing."""
-    shapes = {n: t.shape for n, t in tensors.items()}
+def infer(tensors, name):
+    """The settings that names, ours or published, and shapes imply. Raises KeyError for a name that is missing."""
+    naf = any(n.startswith(("intro.", "decoder.middle.")) for n in tensors)
+    shapes = {published_name(n, "nafnet" if naf else None): t.shape for n, t in tensors.items()}
+    family = next((f for f, first in FAMILIES.items() if any(n.startswith(first) for n in shapes)), None)
+    if family is None:
+        own = "weights of a network of your own are kept by model.save"
+        raise ValueError(f"of no known family (names begin {', '.join(sorted(tensors)[:3])}); {own}")
+    fusion = "privileged_dictionary1" in shapes
+    if fusion and "encoder.embed.weight" in tensors:
+        text = "cannot be told from a state dict, and is taken as False: keep models with model.save"
+        warnings.warn(f"{name}: the setting identity_start {text}", stacklevel=3)
 
-    def count(part):  # blocks part.0, part.1, ...; at least one, so that `load` tells what is missing
-        return max(1, len({m[0] for n in shapes if (m := re.match(rf"{part}\.\d+\.", n))}))
+    def count(part):  # blocks part.0, part.1, ...
+        blocks = {m[0] for n in shapes if (m := re.match(rf"{part}\.\d+\.", n))}
+        if not blocks:
+            raise KeyError(part)
+        return len(blocks)
 
-    found = {"fusion": "privileged_dictionary1" in shapes}
-    for setting, (name, dim) in PER_SCALE.items():
-        if name.format(1) in shapes:
-            found[setting] = tuple(shapes[name.format(i)][dim] for i in (1, 2, 3))
-    if "intro.weight" in shapes:
+    def each(name, dim, parts=(1, 2, 3)):
+        return tuple(shapes[name.format(part)][dim] for part in parts)
+
+    found: dict[str, Any] = dict(backbone=family, fusion=fusion)
+    if fusion:
+        found["dictionary_size"] = each("privileged_dictionary{}", -1)
+        found["read_heads"] = each("p{}_cross.attn.temperature", 0)
+        found["write_heads"] = each("cross_p{}.attn.temperature", 0)
+    if family == "promptir":  # maps (5, C, S, S)
+        found["prompt_channels"] = each("prompt{}.prompt_param", 1)
+        found["prompt_size"] = each("prompt{}.prompt_param", 3)
+    if family == "nafnet":
         blocks, decoder_blocks = (tuple(count(f"{part}.{i}") for i in range(4)) for part in ("encoders", "decoders"))
-        found |= dict(backbone="nafnet", dim=shapes["intro.weight"][0], middle=count("middle_blks"))
-        return found | dict(blocks=blocks, decoder_blocks=decoder_blocks)
-    family = "adair" if "fre1.para1" in shapes else "promptir" if "prompt_size" in found else "restormer"
-    dim, levels = shapes["patch_embed.proj.weight"][0], ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
-    found |= dict(backbone=family, dim=dim, blocks=tuple(map(count, levels)), refinement=count("refinement"))
-    found["heads"] = tuple(shapes[f"{level}.0.attn.temperature"][0] for level in levels)
-    hidden = shapes["encoder_level1.0.ffn.project_out.weight"][1]
-    return found | dict(expansion=2.66 if hidden == int(2.66 * dim) else hidden / dim)  # 2.66 in all that is published
+        middle = count("middle_blks")
+        return found | dict(dim=shapes["intro.weight"][0], blocks=blocks, middle=middle, decoder_blocks=decoder_blocks)
+    levels = ["encoder_level1", "encoder_level2", "encoder_level3", "latent"]
+    found |= dict(dim=shapes["patch_embed.proj.weight"][0], heads=each("{}.0.attn.temperature", 0, levels))
+    found |= dict(blocks=tuple(map(count, levels)), refinement=count("refinement"))
+    # the shortest number e with int(e * dim) == hidden everywhere: 2.66 in all published networks
+    ffns = [s for n, s in shapes.items() if n.endswith("ffn.project_in.weight") and "cross" not in n]  # (2 hidden, dim)
+    low, high = max(s[0] // 2 / s[1] for s in ffns), min((s[0] // 2 + 1) / s[1] for s in ffns)
+    rounded = (round((low + high) / 2, digits) for digits in range(1, 17))
+    return found | dict(expansion=next((e for e in rounded if low <= e < high), low))

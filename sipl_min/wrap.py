@@ -1,9 +1,8 @@
-"""SIPL in a network that somebody else wrote: its modules are found by name, and reached by hooks.
-
-Hooks sit in the network while a pass runs, so two threads must not use one network at a time."""
+"""SIPL in a network that somebody else wrote: its modules are found by name, and reached by hooks."""
 
 import copy
 import math
+import threading
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +44,7 @@ class Wrapped(SIPL):
             if dim % heads[0] or dim % heads[1]:
                 raise InputError(f"read_heads, write_heads: {dim} channels need heads that divide them")
             self.fusion.append(ProxyFusion(dim, size, taps.dictionary_std, *heads, taps.identity_start, context_dim))
-        self.fusion.to(next(net.parameters(), torch.empty(0)))  # its kind of numbers, its device
+        self.fusion.to(next(net.parameters(), torch.empty(0)).dtype)
 
     def pad(self, x, multiple=1):
         return super().pad(x, math.lcm(multiple, self.settings.multiple))
@@ -81,15 +80,19 @@ class Reached(BaseException):
     """All privileged features are there: the rest of the network need not run. No `except Exception` catches it."""
 
 
+LOCK = threading.RLock()  # threads may share a network, and hooks with it: wrapped passes take turns
+
+
 def run(net, x, names, see):
     """net(x), where see(name, output) sees the output of each named module, and replaces it if it returns another."""
-    ran, y, modules = [], None, dict(net.named_modules())
+    thread, ran, y, modules = threading.get_ident(), [], None, dict(net.named_modules())
 
     def hook(name, module, inputs, output):
-        ran.append(name)
-        return see(name, output)
+        if threading.get_ident() == thread:
+            ran.append(name)
+            return see(name, output)
 
-    with ExitStack() as stack, suppress(Reached):
+    with LOCK, ExitStack() as stack, suppress(Reached):
         for name in names:
             module = modules[known("module", name, modules)]
             stack.enter_context(module.register_forward_hook(partial(hook, name)))
@@ -97,8 +100,10 @@ def run(net, x, names, see):
     for name in names:
         if (times := ran.count(name)) != 1:
             raise InputError(f"module {name!r} ran {times} times in one pass: name one that always runs once")
-    if y is not None and (shape := getattr(y, "shape", type(y))) != x.shape:
-        raise InputError(f"the network maps {x.shape} to {shape}, not to the same: does it need another multiple=?")
+    if not isinstance(y, torch.Tensor | None):
+        raise InputError(f"the network returns a {type(y).__name__}: wrap a module that returns the image alone")
+    if y is not None and y.shape != x.shape:
+        raise InputError(f"the network maps {tuple(x.shape)} to {tuple(y.shape)}: does it need another multiple=?")
     return y
 
 
@@ -113,25 +118,21 @@ def wrap(net: nn.Module, encoder: list[str], decoder: list[str], example: torch.
         options: fields of `Taps`: multiple, dictionary_size, read_heads, write_heads, dictionary_std; identity_start
             (True: the first pass is the network's own).
     Raises InputError for modules whose outputs are no features, which do not run just once, or in a wrong order."""
-    if not len({*encoder}) == len(encoder) == len(decoder) == len({*decoder}) > 0:
-        raise InputError(f"encoder={encoder!r} and decoder={decoder!r} must be lists of as many names, each once")
+    if isinstance(encoder, str) or isinstance(decoder, str) or not 0 < len(encoder) == len(decoder):
+        raise InputError(f"encoder={encoder!r} and decoder={decoder!r} must be lists of as many names, one or more")
+    if len({*encoder}) < len(encoder) or len({*decoder}) < len(decoder):
+        raise InputError(f"encoder={encoder!r} and decoder={decoder!r} must name each module once")
+    for name in options:
+        known("option", name, Taps.__annotations__)
     if not options.get("fusion", True):
-        raise InputError("fusion=False is the network itself: train it by recipe=lambda model, x, y: model.net(x)")
-    shapes, (H, W) = {}, example.shape[-2:]
-
-    def look(name, output):
-        shapes[name] = shape = tuple(getattr(output, "shape", ()))
-        if len(shape) != 4 or abs(shape[2] * W - shape[3] * H) > max(H, W):  # more than rounding
-            text = f"puts out {shape or type(output).__name__} for an image of {H} x {W}"
-            raise InputError(f"module {name!r} {text}, which is no feature (B, C, h, w) of it: name another one")
-
-    with torch.no_grad():  # a dry run of a copy: no running statistic may change
-        copied = copy.deepcopy(net).eval()
-        run(copied, example.to(next(net.parameters(), example)), list(dict.fromkeys([*encoder, *decoder])), look)
-    order = list(shapes)
-    first, last = min(decoder, key=order.index), max(encoder, key=order.index)
-    if order.index(first) < order.index(last):  # privileged features would depend on what Proxy Fusion writes
-        raise InputError(f"decoder module {first!r} runs before encoder module {last!r}: name one that runs later")
+        way = "train it by recipe=lambda model, x, y: model.net(x)"
+        raise InputError(f"without Proxy Fusion a wrapped network is the network itself: {way}")
+    if not isinstance(example, torch.Tensor) or example.ndim != 4:
+        raise InputError("example must be an image of the network, a tensor (B, 3, H, W)")
+    try:
+        shapes = dry_run(net, encoder, decoder, example)
+    except RuntimeError as e:
+        raise InputError(f"the network fails on the example, {tuple(example.shape)}: {str(e).splitlines()[0]}") from e
     sizes = [shapes[name][-2:] for name in encoder]
     if len({*sizes}) == len(sizes) and {*sizes} == {shapes[name][-2:] for name in decoder}:
         decoder = sorted(decoder, key=lambda name: sizes.index(shapes[name][-2:]))
@@ -142,3 +143,24 @@ def wrap(net: nn.Module, encoder: list[str], decoder: list[str], example: torch.
     taps = Taps(**{name: tuple(v) if isinstance(v, list) else v for name, v in (found | options).items()})
     with next(net.parameters(), example).device:  # new tensors are made there
         return Wrapped(net, taps)
+
+
+@torch.no_grad()
+def dry_run(net, encoder, decoder, example):
+    """Shapes of what the named modules put out for `example`, if they can be used."""
+    shapes, (H, W) = {}, example.shape[-2:]
+
+    def look(name, output):
+        shape = tuple(getattr(output, "shape", ()))
+        if len(shape) != 4 or abs(shape[2] * W - shape[3] * H) > max(H, W):  # more than rounding
+            text = f"puts out {shape or type(output).__name__} for an image of {H} x {W}"
+            raise InputError(f"module {name!r} {text}, which is no feature (B, C, h, w) of it: name another one")
+        shapes[name] = shape
+
+    net = copy.deepcopy(net).eval()  # no running statistic may change
+    run(net, example.to(next(net.parameters(), example)), list(dict.fromkeys([*encoder, *decoder])), look)
+    order = list(shapes)
+    first, last = min(decoder, key=order.index), max(encoder, key=order.index)
+    if order.index(first) < order.index(last):  # privileged features would depend on what Proxy Fusion writes
+        raise InputError(f"decoder module {first!r} runs before encoder module {last!r}: name one that runs later")
+    return shapes

@@ -233,6 +233,8 @@ PARTNERS = [  # input, its target
     ("part1/0001_0.8.png", "0001.png"),
     ("part3/0001_0.8.png", "clear_images/0001.png"),
     ("S1/7.png", "S1/7.png"),
+    ("IMG_1.JPG", "img_1.png"),
+    ("\u00c4rger 1.PNG", "A\u0308rger 1.png"),  # as macOS writes it
 ]
 
 
@@ -253,6 +255,12 @@ def test_scenes_with_the_same_names_are_not_mixed_up(tmp_path):
     with pytest.raises(InputError, match="1 photos .*: '[^']*x/S1/8.png' has no targets of its name"):
         Pairs(x, y)
     assert len(Pairs(x, y / "S2")) == 3, "but one flat folder of targets serves all"
+    paths = [sorted(half.rglob("7.png")) for half in (x, y)]
+    assert Pairs([paths[0][0]], [str(paths[1][0])]).items == [(paths[0][0], paths[1][0])]
+    wrong = ((*paths, "has 2 targets of its name"), (tmp_path, y, "is among inputs and targets"), ([], [], "are empty"))
+    for inputs, targets, message in wrong:
+        with pytest.raises(InputError, match=message):
+            Pairs(inputs, targets)
     with pytest.raises(InputError, match="is among inputs and targets"):
         Pairs(tmp_path, y)
     write(y / "S2" / "7_1.png", photo(0))

@@ -110,6 +110,18 @@ def test_a_backbone_trained_to_be_applied_again_is(photo, tmp_path, capsys, monk
     assert SIPL.load(tmp_path / "more" / "model.safetensors").about["recipe"] == "again"
 
 
+def test_weights_of_overview_start_open_and_have_no_loop(tmp_path, capsys):
+    small = ["--window", "16", "--crop-size", "32", "--steps", "1", "--batch-size", "1"]
+    begin = ["train", str(tmp_path / "run"), "--weights", "nano-backbone", "--recipe", "overview", *small]
+    assert main(begin) == 0
+    weights = str(tmp_path / "run" / "model.safetensors")
+    assert not SIPL.load(weights).settings.identity_start
+    assert main(["demo", "--weights", weights, "--output", str(tmp_path / "demo.png")]) == 0
+    assert "y0" in (printed := capsys.readouterr().out) and "y1" not in printed
+    assert main(["study", "capacity", str(tmp_path / "study"), "--weights", weights]) == 2
+    assert "has the recipe 'overview', which has no loop: ask about windows" in capsys.readouterr().err
+
+
 def test_benchmark_writes_rows_and_tables(weights, tmp_path, capsys):
     output = tmp_path / "r.csv"
     command = ["benchmark", "three_task", "--weights", weights, "--steps", "0", "--output", str(output)]
@@ -143,6 +155,18 @@ def test_what_a_data_set_lacks_is_told_before_anything_is_measured(weights, tmp_
         capsys.readouterr()
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         assert main([*command, str(tmp_path / "d"), "--suite", suite]) == 0 and line in capsys.readouterr().out
+
+
+def test_memory_that_ran_out_ends_in_one_sentence(weights, capsys, monkeypatch):
+    def measure(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    assert main(["benchmark", "keep", "--weights", weights]) == 2
+    assert "error: memory ran out ([enforce fail" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    monkeypatch.setattr(evaluate, "measure", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):  # a fault of ours shows where it is
+        main(["benchmark", "keep", "--weights", weights])
 
 
 def test_the_second_model_of_a_benchmark_is_as_the_first(weights, capsys, monkeypatch):

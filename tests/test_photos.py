@@ -1,5 +1,6 @@
 """Photos: read with all their bits, restored as the same kind, written with all that was there; or one sentence."""
 
+import base64
 import struct
 import zlib
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import tifffile
 import torch
 import torch.nn.functional as F
 from conftest import tiny
-from PIL import Image, ImageCms, JpegImagePlugin
+from PIL import Image, ImageCms, JpegImagePlugin, PngImagePlugin
 
 from sipl_min import InputError, evaluate, photos
 from sipl_min.fast import FAST
@@ -18,6 +19,10 @@ from sipl_min.photos import find, from_tensor, read, restore_folder, to_tensor, 
 
 EXIF, GPS = 0x8769, 0x8825
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+TEN_BITS = """AAAAIGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZk1BMUEAAADrbWV0YQAAAAAAAAAhaGRscgAAAAAAAAAAcGljdAAAAAAAAAAAAAAA
+AAAAAAAOcGl0bQAAAAAAAQAAAB5pbG9jAAAAAEQAAAEAAQAAAAEAAAETAAAAHwAAAChpaW5mAAAAAAABAAAAGmluZmUCAAAAAAEAAGF2MDFDb2xvcgAAAA
+BqaXBycAAAAEtpcGNvAAAAFGlzcGUAAAAAAAAACAAAAAgAAAAQcGl4aQAAAAADCgoKAAAADGF2MUOBIEAAAAAAE2NvbHJuY2x4AAIAAgAGgAAAABdpcG1hAAA
+AAAAAAAEAAQQBAoMEAAAAJ21kYXQSAAoIOAi/bwICBpAyERlCYwTAADQAAACQP5sMYJFg"""  # AVIF, 8 x 8 pixels
 
 
 def noise(*shape, dtype=np.uint8, seed=0):
@@ -56,15 +61,29 @@ def test_png_and_tiff_keep_everything_or_refuse(tmp_path, dtype, channels):
         write(tmp_path / "a.png", image)
         assert np.array_equal(read(tmp_path / "a.png"), image) and read(tmp_path / "a.png").dtype == dtype
     else:
-        refused(r"cannot hold .*: name a TIFF \(.tif\)", write, tmp_path / "b.png", image)
+        refused(r"cannot hold .*: name a (16|32)-bit TIFF \(.tif\)", write, tmp_path / "b.png", image)
     if dtype != np.uint8 or channels in ((2,), (4,)):
         refused("cannot hold .* channels: name a", write, tmp_path / "b.jpg", image)
     assert not [*tmp_path.glob("*b.*")]
 
 
 def test_bits_that_would_be_lost_are_refused(tmp_path):
+    for name in ("8.jp2", "8.avif", "8.j2k"):
+        Image.fromarray(noise(20, 30, 3)).save(tmp_path / name)
+        assert read(tmp_path / name).shape == (20, 30, 3)
+    content = bytearray((tmp_path / "8.jp2").read_bytes())
+    content[content.index(b"\xff\x4f\xff\x51") + 42] = 15  # announces 16 bits
+    (tmp_path / "a.jp2").write_bytes(content)
+    (tmp_path / "a.avif").write_bytes(base64.b64decode(TEN_BITS))
     (tmp_path / "a.png").write_bytes(png_header(30, 20, 16))
-    refused("16 bits are read from .tif only, convert it to a 16-bit TIFF", read, tmp_path / "a.png")
+    Image.fromarray(noise(20, 60, 3)).save(tmp_path / "lzw.tif", compression="tiff_lzw")
+    with tifffile.TiffFile(tmp_path / "lzw.tif", mode="r+b") as f:  # the same bytes as half as many numbers
+        f.pages[0].tags[256].overwrite(30)
+        f.pages[0].tags[258].overwrite((16, 16, 16))
+    for name in ("a.jp2", "a.avif", "a.png", "lzw.tif"):
+        refused("more than 8 bits .* convert it to a plain 16-bit TIFF", read, tmp_path / name)
+    Image.fromarray(noise(20, 30, dtype=np.uint16)).save(tmp_path / "gray.jp2")
+    assert np.array_equal(read(tmp_path / "gray.jp2"), noise(20, 30, dtype=np.uint16))
 
 
 def test_colors_survive_every_way_of_storing_them(tmp_path):
@@ -85,6 +104,8 @@ def test_colors_survive_every_way_of_storing_them(tmp_path):
     assert (read(tmp_path / "g.png")[..., 1] == 0).all()
     Image.new("P", (20, 16)).save(tmp_path / "p.png", transparency=0)
     assert read(tmp_path / "p.png").shape == (16, 20, 4)
+    Image.fromarray(np.full((16, 20), 9400, np.uint16)).save(tmp_path / "clear.png", transparency=9400)
+    refused("a color that stands for transparent is not read from 16 bits", read, tmp_path / "clear.png")
 
 
 def test_kinds_of_tiff(tmp_path):
@@ -92,8 +113,13 @@ def test_kinds_of_tiff(tmp_path):
     for options in (dict(byteorder=">"), dict(bigtiff=True), dict(compression="zlib"), {}):
         tifffile.imwrite(tmp_path / "a.tif", deep, photometric="rgb", **options)
         assert np.array_equal(read(tmp_path / "a.tif"), deep), options
-    tifffile.imwrite(tmp_path / "times.tif", noise(6, 9, 4, dtype=np.uint16), photometric="rgb", extrasamples=[1])
-    refused("color, bits or alpha is not read", read, tmp_path / "times.tif")
+    tifffile.imwrite(tmp_path / "white.tif", ~deep[..., 0], photometric="miniswhite")
+    assert np.array_equal(read(tmp_path / "white.tif"), deep[..., 0])
+    both, of = noise(6, 9, 2), dict(photometric="miniswhite", extrasamples=[2])
+    tifffile.imwrite(tmp_path / "white.tif", both, **of, planarconfig="contig")
+    assert np.array_equal(read(tmp_path / "white.tif"), np.stack([255 - both[..., 0], both[..., 1]], 2)), "alpha stays"
+    tifffile.imwrite(tmp_path / "times.tif", noise(6, 9, 4), photometric="rgb", extrasamples=[1])
+    refused("colors are multiplied by alpha", read, tmp_path / "times.tif")
     write(tmp_path / "none.tif", deep)
     Image.fromarray(noise(6, 9, 3)).save(tmp_path / "pillow.tif")
     for name in ("none.tif", "pillow.tif"):
@@ -103,9 +129,15 @@ def test_kinds_of_tiff(tmp_path):
     for planes in (noise(3, 18, 19), noise(3, 18, 19, dtype=np.uint16), noise(3, 18, 19).astype(np.float32) / 255):
         tifffile.imwrite(tmp_path / "planes.tif", planes, photometric="rgb", planarconfig="separate")
         found = read(tmp_path / "planes.tif")
-        assert found.dtype == planes.dtype and np.array_equal(found, planes.transpose(1, 2, 0)), "all bits"
-    Image.fromarray(noise(18, 19)).save(tmp_path / "white.tif", compression="tiff_lzw", tiffinfo={262: 0})
-    assert np.array_equal(read(tmp_path / "white.tif"), noise(18, 19)), "0 is white"
+        assert found.dtype == planes.dtype and np.array_equal(found, planes.transpose(1, 2, 0)), (
+            "all bits of all planes"
+        )
+    for gray, right in (
+        (deep[..., 0], ~deep[..., 0]),
+        (noise(18, 19), noise(18, 19)),
+    ):  # Pillow inverts what has 8 bits
+        Image.fromarray(gray).save(tmp_path / "white.tif", compression="tiff_lzw", tiffinfo={262: 0})
+        assert np.array_equal(read(tmp_path / "white.tif"), right), "0 is white"
     write(tmp_path / "la.tif", noise(6, 9, 2))
     with Image.open(tmp_path / "la.tif") as image:
         assert image.mode == "LA", "alpha for other programs, too"
@@ -116,7 +148,7 @@ def test_every_kind_of_file_comes_upright(tmp_path, orientation):
     exif, tag = Image.Exif(), [(274, "H", 1, orientation, False)]
     exif[274] = orientation
     image, deep = noise(8, 12, 3), noise(8, 12, dtype=np.uint16)
-    plain = {"a.png": image, "deep.png": deep, "a.jpg": image, "a.webp": image, "lzw.tif": image}
+    plain = {"a.png": image, "deep.png": deep, "a.jpg": image, "a.webp": image, "lzw.tif": image, "a.avif": image}
     for name, pixels in plain.items():
         options = dict(compression="tiff_lzw") if name == "lzw.tif" else {}
         Image.fromarray(pixels).save(tmp_path / name, **options)
@@ -133,6 +165,67 @@ def test_every_kind_of_file_comes_upright(tmp_path, orientation):
         assert np.array_equal(read(tmp_path / name), pixels.reshape(96, *pixels.shape[2:])[places]), name
 
 
+# ------------------------------------------------------------------------------------------- what is no photo to take
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
+def test_bad_files_get_one_sentence_and_bad_metadata_costs_no_photo(tmp_path, photo, ending):
+    write(tmp_path / f"good.{ending}", np.tile(photo, (2, 2, 1)))
+    content = (tmp_path / f"good.{ending}").read_bytes()
+    for part in (b"", content[:10], content[: len(content) // 2], b"this is no image"):
+        (tmp_path / f"bad.{ending}").write_bytes(part)
+        refused(f"cannot read '.*bad.{ending}' as a photo: .", read, tmp_path / f"bad.{ending}")
+    refused("no file '.*nowhere", read, tmp_path / f"nowhere.{ending}")
+    Image.fromarray(photo).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    for exif in (b"II*\x00\x08\x00\x00\x00\x05\x00\x12\x01", b"garbage and garbage"):  # cut short, and none at all
+        exif = b"\xff\xe1" + struct.pack(">H", len(exif) + 8) + b"Exif\0\0" + exif
+        (tmp_path / "a.jpg").write_bytes(content[:2] + exif + content[2:])
+        write(tmp_path / f"c.{ending}", read(tmp_path / "a.jpg"), like=tmp_path / "a.jpg")
+        assert read(tmp_path / f"c.{ending}").shape == photo.shape
+    text = PngImagePlugin.PngInfo()
+    for key in ("dpi", "icc_profile", "comment", "gamma", "Raw profile type exif"):
+        text.add_text(key, "not what Pillow means by it")
+    text.add(b"gAMA", struct.pack(">I", 45455))
+    Image.fromarray(photo).save(tmp_path / "d.png", pnginfo=text)
+    write(tmp_path / f"e.{ending}", photo, like=tmp_path / "d.png")
+
+
+def test_one_limit_on_pixels_before_decoding(tmp_path, monkeypatch):
+    for depth in (8, 16):
+        (tmp_path / "a.png").write_bytes(png_header(15000, 14000, depth))
+        refused("its 210.0 million pixels are above the limit of 200.0 million, raise it", read, tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's own limit does not stand in the way
+    for name in ("b.png", "b.tif", "b.jpg", "b.webp", "b.bmp"):
+        write(tmp_path / name, noise(30, 40, 3))
+        assert read(tmp_path / name).shape == read(tmp_path / name, 1200).shape == (30, 40, 3)
+        refused("million pixels", read, tmp_path / name, max_pixels=1199)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_animations_and_pages_are_refused(tmp_path):
+    frames = [Image.fromarray(noise(20, 30, 3, seed=i)) for i in range(3)]
+    for name in ("a.gif", "a.png", "a.webp", "a.avif", "a.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        refused(r"it is an animation or has several pages \(3\), take it apart", read, tmp_path / name)
+        frames[0].save(tmp_path / name, save_all=True)
+        assert read(tmp_path / name).shape == (20, 30, 3), name
+    frames[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=frames[1:])  # as a camera's previews
+    assert read(tmp_path / "a.jpg").shape == (20, 30, 3)
+    with tifffile.TiffWriter(tmp_path / "thumbnail.tif") as f:
+        f.write(noise(20, 30, 3), photometric="rgb", metadata=None)
+        f.write(noise(5, 8, 3), photometric="rgb", metadata=None, subfiletype=1)
+    assert np.array_equal(read(tmp_path / "thumbnail.tif"), noise(20, 30, 3))
+    with tifffile.TiffWriter(tmp_path / "before.tif") as f:
+        f.write(noise(5, 8, 3), photometric="rgb", metadata=None, subfiletype=1)
+        f.write(noise(20, 30, 3), photometric="rgb", metadata=None)
+    assert np.array_equal(read(tmp_path / "before.tif"), noise(20, 30, 3))
+    with tifffile.TiffWriter(tmp_path / "planes.tif") as f:
+        f.write(noise(5, 8, 3), photometric="rgb", metadata=None, subfiletype=1)
+        f.write(noise(20, 30, 4), photometric="separated", metadata=None)  # CMYK, which Pillow reads
+    refused("its first page is a thumbnail", read, tmp_path / "planes.tif")
+    tifffile.imwrite(tmp_path / "cmyk.tif", noise(20, 30, 4, dtype=np.uint16), photometric="separated")
+    refused("more than 8 bits a channel are not read here, convert it", read, tmp_path / "cmyk.tif")
+
+
 def test_a_photo_with_a_strange_tag_comes_upright(tmp_path):
     strange = struct.pack("<HHI4sHHI4sI", 0x0112, 3, 1, b"\6\0\0\0", 0x0100, 2, 4, b"300\0", 0)  # a width that is text
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + strange
@@ -140,52 +233,17 @@ def test_a_photo_with_a_strange_tag_comes_upright(tmp_path):
     assert read(tmp_path / "a.jpg").shape == (32, 20, 3)
 
 
-# ------------------------------------------------------------------------------------------- what is no photo to take
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
-def test_bad_files_get_one_sentence_and_bad_metadata_costs_no_photo(tmp_path, photo, ending):
-    write(tmp_path / f"good.{ending}", np.tile(photo, (2, 2, 1)))
-    content = (tmp_path / f"good.{ending}").read_bytes()
-    for part in (b"", content[:10], content[: len(content) // 2], b"this is no image"):
-        (tmp_path / f"bad.{ending}").write_bytes(part)
-        refused(f"cannot read '.*bad.{ending}' as .*: .", read, tmp_path / f"bad.{ending}")
-    refused("cannot read '.*nowhere.*No such file", read, tmp_path / f"nowhere.{ending}")
-    Image.fromarray(photo).save(tmp_path / "a.jpg")
-    content = (tmp_path / "a.jpg").read_bytes()
-    exif = b"Exif\0\0" + b"II*\x00\x08\x00\x00\x00\x05\x00\x12\x01"  # cut short
-    (tmp_path / "a.jpg").write_bytes(content[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + content[2:])
-    write(tmp_path / f"c.{ending}", read(tmp_path / "a.jpg"), like=tmp_path / "a.jpg")
-    assert read(tmp_path / f"c.{ending}").shape == photo.shape
-
-
-def test_pillows_limit_of_pixels_is_named(tmp_path):
-    (tmp_path / "a.png").write_bytes(png_header(15000, 14000, 8))
-    refused("a.png' as .*210000000 pixels.* Raise PIL.Image.MAX_IMAGE_PIXELS", read, tmp_path / "a.png")
-
-
-def test_animations_and_pages_are_refused(tmp_path):
-    frames = [Image.fromarray(noise(20, 30, 3, seed=i)) for i in range(3)]
-    for name in ("a.png", "a.webp", "a.tif"):
-        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-        refused("it is an animation or has several pages, take it apart", read, tmp_path / name)
-        frames[0].save(tmp_path / name, save_all=True)
-        assert read(tmp_path / name).shape == (20, 30, 3), name
-    frames[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=frames[1:])  # as a camera's previews
-    assert read(tmp_path / "a.jpg").shape == (20, 30, 3)
-    tifffile.imwrite(tmp_path / "pages.tif", noise(2, 20, 30, dtype=np.uint16), photometric="minisblack")
-    refused("it has several pages, take it apart", read, tmp_path / "pages.tif")
-    tifffile.imwrite(tmp_path / "cmyk.tif", noise(20, 30, 4, dtype=np.uint16), photometric="separated")
-    refused("its kind of color, bits or alpha is not read", read, tmp_path / "cmyk.tif")
-
-
 # ------------------------------------------------------------------------------------- what else is in a file stays
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "deep.png", "a.webp", "a.tif", "deep.tif"])
 def test_profile_exif_and_resolution_are_carried_through(tmp_path, name):
-    exif = Image.Exif()
+    exif, text = Image.Exif(), PngImagePlugin.PngInfo()
     exif.update({271: "Camera", 274: 6})
     exif.get_ifd(EXIF)[33434] = 0.25  # seconds of exposure
     exif.get_ifd(GPS)[1] = "N"
-    carried = dict(exif=exif, dpi=(300, 300), icc_profile=SRGB)
+    text.add_text("Title", "a title")
+    text.add_itxt("Author", "Ünïcode")
+    text.add_itxt("XML:com.adobe.xmp", "<x:xmpmeta/>")
+    carried = dict(exif=exif, dpi=(300, 300), icc_profile=SRGB, pnginfo=text)
     Image.fromarray(noise(20, 30, 3)).save(tmp_path / "8.png", **carried)
     image = noise(20, 30, dtype=np.uint16) if "deep" in name else noise(20, 30, 3)
     write(tmp_path / name, image, like=tmp_path / "8.png")
@@ -197,15 +255,33 @@ def test_profile_exif_and_resolution_are_carried_through(tmp_path, name):
         assert copy.info["icc_profile"] == SRGB and found.get(274, 1) == 1
         if not name.endswith("tif"):
             assert found[271] == "Camera" and found.get_ifd(EXIF)[33434] == 0.25 and found.get_ifd(GPS)[1] == "N"
-        if not name.endswith(("webp", "tif")):  # WebP has no resolution
+        if not name.endswith("webp"):  # which has no resolution
             assert copy.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+        if name.endswith("png"):
+            assert copy.text["Title"] == "a title" and copy.text["Author"] == "Ünïcode"
+            assert (
+                b"<x:xmpmeta/>" in copy.info["xmp"].encode() if isinstance(copy.info["xmp"], str) else copy.info["xmp"]
+            )
 
 
-def test_jpeg_is_written_well(tmp_path, photo):
-    Image.fromarray(photo).save(tmp_path / "a.jpg", quality=95, subsampling=0)
-    write(tmp_path / "b.jpg", photo)
+@pytest.mark.parametrize("quality, subsampling", [(30, 0), (92, 1), (92, 2), (95, 0)])
+def test_jpeg_keeps_quality_and_subsampling(tmp_path, quality, subsampling, photo):
+    Image.fromarray(photo).save(tmp_path / "a.jpg", quality=quality, subsampling=subsampling)
+    like = None if quality == 95 else tmp_path / "a.jpg"  # which is what a photo without an original gets
+    write(tmp_path / "b.jpg", photo, like)
     with Image.open(tmp_path / "a.jpg") as a, Image.open(tmp_path / "b.jpg") as b:
-        assert a.quantization == b.quantization and JpegImagePlugin.get_sampling(b) == 0
+        assert a.quantization == b.quantization and JpegImagePlugin.get_sampling(b) == subsampling
+    write(tmp_path / "c.webp", photo, like=tmp_path / "a.jpg")  # tables are of use to JPEG alone
+    write(tmp_path / "gray.jpg", photo[..., 0], like=tmp_path / "a.jpg")
+    assert read(tmp_path / "gray.jpg").shape == photo.shape[:2]
+
+
+@pytest.mark.parametrize("profile", [None, SRGB])  # with a profile, the pixels are not in the first part of the file
+@pytest.mark.parametrize("lossless", [True, False])
+def test_lossless_webp_stays_lossless(tmp_path, profile, lossless):
+    Image.fromarray(noise(16, 16, 3)).save(tmp_path / "a.webp", lossless=lossless, icc_profile=profile)
+    write(tmp_path / "b.webp", noise(16, 16, 4), like=tmp_path / "a.webp")
+    assert np.array_equal(read(tmp_path / "b.webp"), noise(16, 16, 4)) == lossless
 
 
 # ------------------------------------------------------------------------------------------------ photos in memory
@@ -243,12 +319,13 @@ def test_tensors_and_paths(model, photo, tmp_path):
 
 def test_what_cannot_work_gets_one_sentence(model):
     x = torch.zeros(3, 4, 4)
-    refused("H x W x C, C = 1 to 4", model.restore, np.zeros((4, 4, 5), np.uint8))
-    refused("not ndarray int32", model.restore, np.zeros((4, 4, 3), np.int32))
+    refused("C = 1, 2, 3 or 4", model.restore, np.zeros((4, 4, 5), np.uint8))
+    refused("a photo must be", model.restore, np.zeros((0, 4, 3), np.uint8))
+    refused("not int32", model.restore, np.zeros((4, 4, 3), np.int32))
     refused(r"in \[0, 1\], found 255 to 255: scale", model.restore, np.full((4, 4, 3), 255.0))
     refused("found nan", model.restore, x[None] * torch.nan)
     for bad in (torch.zeros(4, 4, 3), x.byte()):
-        refused(r"or a float tensor \(\[B,\] 3, H, W\)", model.restore, bad)
+        refused(r"a tensor must be float, \(B, 3, H, W\) or \(3, H, W\), in \[0, 1\]", model.restore, bad)
     for options in (dict(tile=100), dict(tile=16), dict(overlap=-1)):
         refused("tile must be", model.restore, x, **options)
 
@@ -337,38 +414,41 @@ def test_find(tmp_path):
     (place / "folder.jpg").mkdir(parents=True)
     for name in ("b.png", "a.JPG", "c.Heic", "note.txt", ".hidden.png", "folder.jpg/d.png"):
         (place / name).touch()
-    assert [p.relative_to(place).as_posix() for p in find(tmp_path)] == ["a.JPG", "b.png", "folder.jpg/d.png"]
-    assert photos.other_kinds(tmp_path) == "1 .heic, 1 .txt"
+    assert [p.relative_to(place).as_posix() for p in find(tmp_path)] == ["a.JPG", "b.png", "c.Heic", "folder.jpg/d.png"]
 
 
 def test_a_folder_as_cameras_fill_it(tmp_path, capsys, counted):
     source, target, model = tmp_path / "mes photos d'été 写真", tmp_path / "out", identity()
     source.mkdir()
     photo = Image.fromarray(noise(20, 30, 3))
-    good = ["a.jpg", "a.png", "b.jfif", "c.webp", "d.tif", "e.bmp"]
+    good = ["a.jpg", "a.png", "b.jfif", "c.webp", "d.tif", "e.bmp", "f.jp2", "g.avif", "h.gif"]
     for name in good:
         photo.save(source / name)
-    reasons = {"empty.png": "cannot identify", "text.png": "cannot identify", "cut.jpg": "truncated"}
+    reasons = {"k.heic": "pillow-heif", "l.jxl": "pillow-jxl-plugin", "m.CR2": "rawpy", "n.dng": "rawpy"}
+    reasons |= {"empty.png": "cannot identify", "text.png": "cannot identify", "cut.jpg": "truncated"}
     for name in reasons:
         (source / name).write_bytes(b"" if name == "empty.png" else b"this is no photo")
     (source / "cut.jpg").write_bytes((source / "a.jpg").read_bytes()[:700])
-    photo.save(source / "moving.webp", save_all=True, append_images=[photo.rotate(90)])
+    photo.save(source / "moving.gif", save_all=True, append_images=[photo.rotate(90)])
     Image.fromarray(noise(20, 30, 4)).save(source / "j.jpg", "PNG")
     (source / "deep.png").write_bytes(png_header(30, 20, 16))
     tifffile.imwrite(source / "nan.tif", np.full((9, 9, 3), np.nan, np.float32), photometric="rgb")
-    reasons |= {"moving.webp": "animation", "j.jpg": "cannot hold", "deep.png": "16-bit TIFF", "nan.tif": "found nan"}
-    for name in ("notes.txt", "k.heic", "m.CR2"):
-        (source / name).touch()
+    reasons |= {"moving.gif": "animation", "j.jpg": "cannot hold", "deep.png": "16-bit TIFF", "nan.tif": "found nan"}
+    (source / "notes.txt").touch()
     restored, skipped, problems = restore_folder(model, source, target, 1)
     captured = capsys.readouterr()
     assert (restored, skipped, len(problems)) == (len(good), 0, len(reasons))
-    assert names(target) == good
+    assert names(target) == good[:6] + [f"{name}.png" for name in good[6:]]
+    assert [line.split("/")[-1] for line in captured.out.splitlines()] == [
+        f"{a}: restored as {a}.png" for a in good[6:]
+    ]
     assert f"{len(good) + len(reasons)}/{len(good) + len(reasons)}" in captured.err and "photo" in captured.err
     for name, reason in reasons.items():
         (line,) = [problem for problem in problems if name in problem]
         assert reason in line and "\n" not in line and str(source) in line
-    for name in ("a.png", "d.tif"):
-        assert np.array_equal(read(target / name), read(source / name)), name
+    for name in ("a.png", "d.tif", "f.jp2.png", "h.gif.png"):
+        original = source / name.replace("2.png", "2").replace("f.png", "f")
+        assert np.array_equal(read(target / name), read(original)), name
     times = {p: p.stat().st_mtime_ns for p in target.iterdir() if p.name != "c.webp"}
     (target / "c.webp").unlink()
     (source / "d.tif").write_bytes(b"what is skipped is not read")
@@ -376,7 +456,7 @@ def test_a_folder_as_cameras_fill_it(tmp_path, capsys, counted):
     assert all(p.stat().st_mtime_ns == t for p, t in times.items())
     assert restore_folder(model, source, target, 1, force=True, progress=False)[:2] == (len(good) - 1, 0)
     assert capsys.readouterr() == ("", "")
-    counted("files of one folder, 7 of them no photos to read: the others restored, these named", 13)
+    counted("files of one folder, 11 of them no photos to read: the others restored, these named", 20)
 
 
 def test_nothing_is_overwritten_or_restored_twice(tmp_path, photo):
@@ -389,12 +469,15 @@ def test_nothing_is_overwritten_or_restored_twice(tmp_path, photo):
     for source, target in (("", ""), ("a.png", ""), ("a.png", "a.png")):
         refused("is an original itself", restore_folder, model, tmp_path / source, tmp_path / target, **run)
     assert (tmp_path / "a.png").read_bytes() == before
+    Image.fromarray(photo).save(tmp_path / "b.gif")
+    write(tmp_path / "b.gif.png", photo)
+    refused("would be one file", restore_folder, model, tmp_path, tmp_path / "out", **run)
     for name in ("c/x.png", "c/c/x.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / name, photo)
     refused("c/x.png' is an original itself", restore_folder, model, tmp_path / "c", tmp_path, **run)
     (tmp_path / "c" / "x.png").unlink()
-    assert restore_folder(model, tmp_path / "c", tmp_path / "c" / "c", **run) == (0, 0, [])
+    refused("no photos in '.*c' but those in '.*c'", restore_folder, model, tmp_path / "c", tmp_path / "c" / "c", **run)
     (tmp_path / "linked").symlink_to(tmp_path / "c", target_is_directory=True)
     (tmp_path / "c" / "again").symlink_to(tmp_path / "c", target_is_directory=True)
     assert [p.name for p in find(tmp_path / "linked")] == ["x.png"], "through links, each folder once"
@@ -403,16 +486,18 @@ def test_nothing_is_overwritten_or_restored_twice(tmp_path, photo):
 def test_a_single_photo(tmp_path, photo):
     model = tiny()
     write(tmp_path / "a.png", photo)
+    Image.fromarray(photo).save(tmp_path / "a.gif")
     (tmp_path / "out").mkdir()
     for expected in ((1, 0, []), (0, 1, [])):
         assert restore_folder(model, tmp_path / "a.png", tmp_path / "b.tif", 1) == expected
     assert np.array_equal(read(tmp_path / "b.tif"), model.restore(photo, 1))
-    assert restore_folder(model, tmp_path / "a.png", tmp_path / "out", 1) == (1, 0, [])
-    assert names(tmp_path / "out") == ["a.png"]
-    Image.fromarray(photo).save(tmp_path / "a.gif")
-    refused("as PNG, JPEG, BMP, WEBP: cannot identify", restore_folder, model, tmp_path / "a.gif", tmp_path / "c", 1)
+    assert restore_folder(model, tmp_path / "a.gif", tmp_path / "out", 1) == (1, 0, [])
+    assert names(tmp_path / "out") == ["a.gif.png"]
     refused("no file '.*none.png'", restore_folder, model, tmp_path / "none.png", tmp_path / "c.png")
     refused("end the name in one of", restore_folder, model, tmp_path / "a.png", tmp_path / "c.docx")
+    for options in (dict(tile=50), dict(steps=-1), dict(max_pixels=100)):
+        name = [*options][0]
+        refused(name, restore_folder, model, tmp_path / "a.png", tmp_path / "c.png", **options)
     assert restore_folder(model, tmp_path / "a.png", tmp_path / "new", 1) == (1, 0, [])
     assert names(tmp_path / "new") == ["a.png"]
 
@@ -420,15 +505,20 @@ def test_a_single_photo(tmp_path, photo):
 def test_what_cannot_work_is_refused_before_the_first_photo(tmp_path, photo):
     for name in ("a.png", "b.png"):
         write(tmp_path / "in" / name, photo)
-    for name, value in dict(steps=-1, tile=17, overlap=-1).items():
-        with pytest.raises(ValueError, match=f"{name}={value}"):
-            restore_folder(tiny(), tmp_path / "in", tmp_path / "out", **{name: value})
+    for options, message in (
+        (dict(steps=-1), "steps=-1"),
+        (dict(tile=17), "tile=17"),
+        (dict(overlap=-1), "overlap=-1"),
+    ):
+        refused(message, restore_folder, tiny(), tmp_path / "in", tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(OSError, match="a.png"):
-        restore_folder(tiny(), tmp_path / "in", tmp_path / "in" / "a.png")
-    refused("a photo must be .*, not Image", tiny().restore, Image.fromarray(photo).quantize())
+    refused("cannot write to the folder", restore_folder, tiny(), tmp_path / "in", tmp_path / "in" / "a.png")
+    refused("mode 'P': pass its file, or photo.convert", tiny().restore, Image.fromarray(photo).quantize())
+    deep = noise(18, 19, dtype=np.uint16)
+    assert np.array_equal(tiny().restore(Image.fromarray(deep)), tiny().restore(deep)), "16 bits stay"
     refused("no file '.*nowhere.png'", restore_folder, tiny(), tmp_path / "nowhere.png", tmp_path / "new" / "a.png")
     assert not (tmp_path / "new").exists()
+    assert np.array_equal(tiny().restore(Image.fromarray(photo)), tiny().restore(photo))
 
 
 def test_one_bad_photo_never_stops_the_others(tmp_path, photo, monkeypatch):
@@ -442,7 +532,7 @@ def test_one_bad_photo_never_stops_the_others(tmp_path, photo, monkeypatch):
     write(tmp_path / "in" / "small.png", photo[:20])
     restored, _, problems = restore_folder(tiny(), tmp_path / "in", tmp_path / "out", progress=False)
     assert restored == 1 and names(tmp_path / "out") == ["small.png"]
-    assert "large.png': " in problems[0] and problems[0].endswith("can't allocate memory")
+    assert "large.png': " in problems[0] and problems[0].endswith("memory: pass a smaller tile (--tile)")
     (tmp_path / "out" / "small.png").unlink()
     (tmp_path / "out" / "small.png").mkdir()  # cannot be written
     restored, _, problems = restore_folder(tiny(), tmp_path / "in", tmp_path / "out", progress=False)

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import rand, tiny
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from sipl_min import SIPL, InputError, train
 from sipl_min.data import Degraded, Images
@@ -100,6 +100,10 @@ def test_recipes_make_the_estimates_that_they_say(model):
     plain = tiny(fusion=False)
     assert torch.equal(train.backbone(plain, x, y), plain(x))
     assert all(torch.equal(a, b) for a, b in zip(train.again(plain, x, y), (plain(x), plain(plain(x))), strict=True))
+    both, right = train.cut(x, y, 8, overview=True)
+    assert both.shape == (1, 6, 8, 8) and torch.equal(both[:, 3:], F.avg_pool2d(x, 2)) and right.shape == (1, 3, 8, 8)
+    window, small = both.chunk(2, 1)
+    assert torch.equal(train.overview(model, both, right), model(window, model.privileged(small)))
 
 
 def test_a_zero_dictionary_explodes_once_and_a_random_one_does_not():
@@ -439,6 +443,28 @@ def test_with_workers_it_trains_as_without():
         assert torch.equal(flat(alone), flat(workers))
 
 
+def test_any_iterable_of_batches():
+    y = torch.rand(6, 3, 16, 16)
+    loader = DataLoader(TensorDataset(y, y), batch_size=4)  # the last batch of an epoch is smaller
+    assert len(run(data=loader)[1]) == 8
+    with pytest.raises(InputError, match="mild: of degradations, which pairs bring along: leave that out"):
+        run(data=loader, mild=0.5)
+    with pytest.raises(InputError, match="there are no more batches: pass what can be gone through again"):
+        run(data=((y, y) for _ in range(3)))
+
+
+def test_a_loader_of_a_data_set_that_counts_epochs_has_other_crops_in_each():
+    seen = []
+
+    def recipe(model, x, y):
+        seen.append(x)
+        return model(x)
+
+    loader = DataLoader(Degraded(Images(FLAT), "three_task", 16), batch_size=3)
+    run(data=loader, model=tiny(fusion=False), num_steps=2, recipe=recipe)
+    assert not torch.equal(*seen)
+
+
 def test_a_recipe_may_hold_another_loss_and_returns_estimates():
     model, x, y = tiny(fusion=False).train(), rand(1, 3, 16, 16), rand(1, 3, 16, 16, seed=1)
 
@@ -534,6 +560,44 @@ def test_a_checkpoint_of_another_training_is_refused_and_the_advice_works(tmp_pa
     run(tmp_path / "another", 1, seed=3)
 
 
+def test_learns_from_parts_of_crops_that_were_damaged_whole(tmp_path, monkeypatch):
+    x, y = torch.rand(2, 3, 24, 32), torch.rand(2, 3, 24, 32)
+    assert all(torch.equal(a, b) for a, b in zip(train.cut(x, y, 0), (x, y)))
+    places = set()
+    for _ in range(200):
+        a, b = train.cut(x, y, 16)
+        assert a.shape == b.shape == (2, 3, 16, 16)
+        (place,) = [(i, j) for i in range(9) for j in range(17) if torch.equal(x[..., i : i + 16, j : j + 16], a)]
+        assert torch.equal(y[..., place[0] : place[0] + 16, place[1] : place[1] + 16], b)
+        places.add(place)
+    assert {i for i, _ in places} == {*range(9)} and {j for _, j in places} == {*range(17)}
+    with pytest.raises(InputError, match="window=32 does not fit crops of 24 x 32 pixels"):
+        train.cut(x, y, 32)
+    with pytest.raises(InputError, match="window=17 does not fit crops of 16 x 16 pixels"):
+        run(tmp_path / "wrong", window=17)
+    assert len(run(tmp_path / "wrong", window=16)[1]) == 8, "nothing was lost, and nothing stands in the way"
+    with pytest.raises(SystemExit):
+        run(tmp_path, recipe=at(4, SystemExit), window=8)
+    with pytest.raises(InputError, match="another training .window=8, now 0"):
+        run(tmp_path, recipe="authors", window=0)
+    log = run(tmp_path, recipe="authors")[1]  # goes on as it began
+    assert log == run(recipe="authors", window=8)[1] != run(recipe="authors")[1]
+    for side in (0, 16):  # 16 is the whole crop
+        with pytest.raises(
+            InputError, match=f"window={side} .*: recipe 'overview' needs a smaller one, e.g. window=64"
+        ):
+            run(recipe="overview", window=side)
+    with pytest.raises(InputError, match="window=24 does not fit crops of 24 x 32 pixels"):
+        train.cut(x, y, 24, overview=True)
+    model = run(tmp_path / "o", recipe="overview", window=8)[0]
+    assert SIPL.load(tmp_path / "o" / "model.safetensors").about["window"] == model.about["window"] == 8
+    assert train.finetune_options(model).items() >= dict(recipe="overview", window=8, crop_size=24).items()
+    seen = []  # by a recipe of another kind, and by what validates it
+    options = dict(num_steps=1, batch_size=1, crop_size=16, progress=False)
+    train.fit(model, FLAT, recipe="privilege", validate=lambda m: seen.append(m.about) or {}, **options)
+    assert seen[0]["recipe"] == model.about["recipe"] == "privilege" and "window" not in seen[0] | model.about
+
+
 def test_a_training_goes_on_with_its_own_shares(tmp_path, monkeypatch):
     logs = []
     for name in ("same code", "newer code"):
@@ -547,6 +611,22 @@ def test_a_training_goes_on_with_its_own_shares(tmp_path, monkeypatch):
     mine = dict(SOTS=2)
     run(num_steps=1, shares=mine)
     assert mine == dict(SOTS=2), "what was passed is as it was"
+
+
+def test_images_left_out_are_told_and_others_refused(tmp_path, capsys):
+    def images(number, clean=FLAT):
+        found = Images(clean)
+        name = found.names
+        found.names = lambda: [*name(), f"rain: {number} pairs, crc {number}"]
+        return found
+
+    run(tmp_path, 1, data=images(9))
+    run(tmp_path, 1, data=images(7))
+    assert "2 images or pairs left out" in capsys.readouterr().out
+    run(tmp_path, 1, data=images(7, FLAT[1:]))
+    assert "1 images or pairs left out" in capsys.readouterr().out
+    with pytest.raises(InputError, match="is of another training .images"):
+        run(tmp_path, 1, data=images(8, FLAT[1:]))
 
 
 class Evil:

@@ -1,6 +1,7 @@
 """SIPL around a network of somebody else: the same mathematics, the network untouched, clear words where it fails."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from conftest import TINY, rand, tiny
 from sipl_min import SIPL, InputError
 from sipl_min.evaluate import measure
 from sipl_min.fast import accelerate
-from sipl_min.weights import published_name
 
 NAMES = dict(encoder=["enc2", "enc3"], decoder=["dec2", "enc3"])
 
@@ -125,20 +125,25 @@ def test_save_and_load_around_a_net(dtype, tmp_path):
     assert torch.equal(loaded.refine(x, 1), model.refine(x, 1)) and loaded.net is net and loaded.about == model.about
     other = UNet(width=4).to(dtype)
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(InputError, match="size mismatch .* pass a file of model.save .with net=the_network"):
+    with pytest.raises(InputError, match="size mismatch .* pass the network that it was saved around"):
         SIPL.load(path, net=other)
     assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items()), "refused before it was touched"
-    with pytest.raises(
-        InputError, match="holds a network wrapped by SIPL.wrap: pass a file of model.save .with net=the_network"
-    ):
+    with pytest.raises(InputError, match="holds a network wrapped by SIPL.wrap: pass the network"):
         SIPL.load(path)
+    with pytest.raises(InputError, match="wrapped around a network already"):
+        SIPL.from_backbone(model)
 
 
-def test_a_state_dict_of_a_wrapped_network_is_not_taken_for_its_backbone():
-    names = [published_name(n, "promptir") for n in tiny(fusion=False).state_dict()]
-    state = {f"net.{n}": torch.ones(1) for n in names} | {"fusion.0.dictionary": torch.ones(1)}
-    with pytest.raises(InputError, match="wrapped by SIPL.wrap, without its settings: pass a file of model.save"):
-        SIPL.load(state)
+@torch.no_grad()
+def test_checkpoints_and_state_dicts_of_a_wrapped_network(tmp_path):
+    model, x = wrapped(), rand(1, 3, 16, 24)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    run = dict(settings={n: list(v) if isinstance(v, tuple) else v for n, v in vars(model.settings).items()})
+    torch.save(dict(run=run, model=UNet().state_dict(), average=average.state_dict()), tmp_path / "checkpoint.pt")
+    assert torch.equal(SIPL.load(tmp_path / "checkpoint.pt", net=UNet()).refine(x), model.refine(x))
+    state = {f"net.{n}": t for n, t in tiny(fusion=False).state_dict().items()} | {"fusion.0.dictionary": torch.ones(1)}
+    with pytest.raises(InputError, match="wrapped by SIPL.wrap without its settings"):
+        SIPL.load(state)  # else the backbone alone would come back
 
 
 class Moody(UNet):
@@ -158,7 +163,7 @@ def test_a_network_that_changes_its_ways_after_the_dry_run_is_caught():
     model, x = wrapped(Moody()), rand(1, 3, 16, 24)
     with pytest.raises(InputError, match="'dec2' ran 0 times in one pass"):
         model.train()(x)
-    with pytest.raises(InputError, match=r"maps .*40, 40.* to .*20, 20.*: does it need another multiple="):
+    with pytest.raises(InputError, match=r"maps \(1, 3, 40, 40\) to \(1, 3, 20, 20\): does it need another multiple="):
         model.eval()(rand(1, 3, 40, 40))
     model.net.again = True  # gradients would be those of a pass without Proxy Fusion
     with pytest.raises(InputError, match="'enc3' runs under activation checkpointing"):
@@ -168,6 +173,24 @@ def test_a_network_that_changes_its_ways_after_the_dry_run_is_caught():
 def test_our_own_blocks_inside_a_network_stay_its_own():
     model = SIPL.wrap(tiny(fusion=False), ["encoder.levels.1"], ["decoder.levels.1.0.attention"], rand(1, 3, 16, 16))
     assert model.restore(rand(3, 16, 16), 1).shape == (3, 16, 16)
+
+
+def test_threads_do_not_disturb_each_other():
+    model, x, failed = wrapped(), rand(1, 3, 16, 24), []
+
+    def work(function, right):
+        for _ in range(20):
+            with torch.no_grad():
+                if not torch.equal(function(x), right):
+                    failed.append(function)
+
+    jobs = [(f, f(x).detach()) for f in (model.refine, model.refine, model.net)]
+    threads = [threading.Thread(target=work, args=job) for job in jobs]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failed
 
 
 class Pair(nn.Sequential):
@@ -186,11 +209,15 @@ class Pair(nn.Sequential):
         (dict(encoder=["relu", "enc2"]), InputError, "module 'relu' ran 4 times in one pass"),
         (dict(encoder=["dec1", "dec2"], decoder=["enc1", "enc2"]), InputError, "'enc1' runs before .* 'dec1'"),
         (dict(encoder=["enc1"]), InputError, "must be lists of as many names"),
-        (dict(encoder=["enc2", "enc2"]), InputError, "must be lists of as many names, each once"),
-        (dict(encoder=[], decoder=[]), InputError, "must be lists of as many names"),
+        (dict(encoder="enc1", decoder="dec1"), InputError, "must be lists of as many names"),
+        (dict(encoder=["enc2", "enc2"]), InputError, "must name each module once"),
+        (dict(encoder=[], decoder=[]), InputError, "must be lists of as many names, one or more"),
         (dict(read_heads=(3, 3)), InputError, "16 channels need heads that divide them"),
+        (dict(dictonary_size=(3, 3)), ValueError, "unknown option 'dictonary_size': did you mean 'dictionary_size'"),
         (dict(fusion=False), InputError, r"train it by recipe=lambda model, x, y: model.net\(x\)"),
-        (dict(net=Pair(), encoder=["0"], decoder=["1"]), InputError, "the network maps .* to .*tuple"),
+        (dict(example=(1, 3, 32, 32)), InputError, r"example must be .* a tensor \(B, 3, H, W\)"),
+        (dict(example=rand(1, 4, 16, 16)), InputError, r"fails on the example, \(1, 4, 16, 16\): .*channels"),
+        (dict(net=Pair(), encoder=["0"], decoder=["1"]), InputError, "the network returns a tuple"),
         (dict(net=nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), encoder=["0"], decoder=["1"]), InputError, "maps"),
     ],
 )
