@@ -40,20 +40,17 @@ from .train import RECIPE_SETTINGS, fit
 
 # ------------------------------------------------------------------------------------------- who is in the loop
 @torch.no_grad()
-def estimated_proxies(model, images):
-    """Read(D, E(y_0)) of N degraded images, each (1, 3, H, W): a tensor (N, C, S, S) for each scale."""
-    proxies = [model.proxies(model.privileged(model(x))) for x in images]
-    return [torch.cat(scale) for scale in zip(*proxies)]
-
-
 def constant_proxies(model, images):
     """One proxy for all images: the mean of Read(D, E(y_0)) over degraded images, each (1, 3, H, W)."""
-    return [p.mean(0, keepdim=True) for p in estimated_proxies(model, images)]
+    proxies = [model.proxies(model.privileged(model(x))) for x in images]
+    return [torch.cat(scale).mean(0, keepdim=True) for scale in zip(*proxies)]
 
 
+@torch.no_grad()
 def share_between_images(model, images):
     """Which share of the proxies' variance lies between images, 0 (a constant) to 1, at each scale."""
-    scales = estimated_proxies(model, images)
+    proxies = [model.proxies(model.privileged(model(x))) for x in images]
+    scales = [torch.cat(scale) for scale in zip(*proxies)]
     total = [(p - p.mean((0, 2, 3), keepdim=True)).square().mean(0).sum() for p in scales]
     return [float(p.var(0, correction=0).sum() / t) for p, t in zip(scales, total)]
 
@@ -179,13 +176,9 @@ QUESTIONS = {  # what is measured, and the arms: a suite to train on if it is no
 def wider(dim, suite=""):
     """Width of the backbone that costs in one pass what SIPL of width `dim` does at T = 1; or, with a suite as of
     `combinations`, what two passes of the backbone do."""
-
-    def one_pass(dim):
-        return operations(SIPL("nano", dim=dim, fusion=False))[0]
-
-    target = 2 * one_pass(dim) if suite else operations(SIPL("nano", dim=dim), 1)[1]
+    target = operations(SIPL("nano", dim=dim, fusion=not suite), 1, "again" if suite else "privilege")[1]
     widths = range(dim, 2 * dim + 1, 2)  # even ones; twice the width is nearly four times the operations
-    return min(widths, key=lambda d: abs(one_pass(d) / target - 1))
+    return min(widths, key=lambda d: abs(operations(SIPL("nano", dim=d, fusion=False))[0] / target - 1))
 
 
 def build(arm, dim, seed=0):
