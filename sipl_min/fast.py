@@ -63,37 +63,34 @@ class FastBlock(Block):
     def forward(self, x):
         if torch.is_grad_enabled():
             return super().forward(x)
-        C, sums = x.shape[1], Sums(self.attention.heads)
+        C, parts = x.shape[1], []
         v = torch.empty_like(x, memory_format=torch.channels_last)
         for place, tile, inner in tiles(x, 3 * C, halo=1):
             q, k, v[place] = self.attention.qkv(self.norm1(tile))[inner].chunk(3, dim=1)
-            sums.add(q, k)
-        matrix = sums.matrix(self.attention)
+            parts.append(sums(q, k, self.attention.heads))
+        matrix = matrix_of(self.attention, parts)
         for place, tile, _ in tiles(x, 3 * C, halo=0):
             v[place] = tile + mix(matrix, v[place])  # v becomes x + attention(norm1(x))
         width = self.ffn.inner[0].out_channels
         return tiled(lambda tile: tile + self.ffn(self.norm2(tile)), v, width, halo=1, out=v)
 
 
-class Sums:
-    """Sums over pixels, gathered tile by tile, from which channel attention follows."""
+def sums(q, k, heads):
+    """Sums over the pixels of a tile, q and k (B, C, h, w), from which channel attention follows."""
+    q, k = (t.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (heads, -1)) for t in (q, k))
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k))  # float16 sums overflow
+        products = q.permute(0, 2, 3, 1) @ k.transpose(1, 2)  # (B, heads, C/heads, C/heads)
+    return products, q.square().sum(1), k.square().sum(1)  # the last two (B, heads, C/heads)
 
-    def __init__(self, heads):
-        self.heads, self.products, self.q, self.k = heads, 0, 0, 0
 
-    def add(self, q, k):  # (B, C, h, w) each
-        q, k = (t.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (self.heads, -1)) for t in (q, k))
-        with torch.autocast(q.device.type, enabled=False):
-            q, k = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k))  # float16 sums overflow
-            self.products = self.products + q.permute(0, 2, 3, 1) @ k.transpose(1, 2)  # (B, heads, C/heads, C/heads)
-        self.q, self.k = self.q + q.square().sum(1), self.k + k.square().sum(1)  # (B, heads, C/heads)
-
-    def matrix(self, attention):
-        """W A for each image, (B, C, C): attention A, then the 1x1 convolution W."""
-        q, k = (t.sqrt().clamp(min=1e-12) for t in (self.q, self.k))
-        A = (self.products / (q[..., :, None] * k[..., None, :]) * attention.temperature).softmax(-1)
-        W = attention.out.weight.to(A.dtype).flatten(1).unflatten(1, (self.heads, -1)).transpose(0, 1)
-        return (W @ A).transpose(1, 2).flatten(2)  # (B, C, heads, C/heads) -> (B, C, C)
+def matrix_of(attention, parts):
+    """W A for each image, (B, C, C), of the `sums` of all tiles: attention A, then the 1x1 convolution W."""
+    products, q, k = map(sum, zip(*parts))
+    q, k = (t.sqrt().clamp(min=1e-12) for t in (q, k))
+    A = (products / (q[..., :, None] * k[..., None, :]) * attention.temperature).softmax(-1)
+    W = attention.out.weight.to(A.dtype).flatten(1).unflatten(1, (attention.heads, -1)).transpose(0, 1)
+    return (W @ A).transpose(1, 2).flatten(2)  # (B, C, heads, C/heads) -> (B, C, C)
 
 
 def mix(matrix, v):  # (B, C, C), (B, C, h, w)
@@ -105,12 +102,11 @@ class FastChannelCrossAttention(ChannelCrossAttention):
     def forward(self, query, context):
         if torch.is_grad_enabled():
             return super().forward(query, context)
-        C = query.shape[1]
-        v, sums = torch.empty_like(query), Sums(self.heads)
+        C, parts, v = query.shape[1], [], torch.empty_like(query)
         for (place, tile, inner), (_, other, _) in zip(tiles(query, 3 * C, halo=1), tiles(context, 3 * C, halo=1)):
             k, v[place] = self.kv(other)[inner].chunk(2, dim=1)
-            sums.add(self.q(tile)[inner], k)
-        return mix(sums.matrix(self), v)
+            parts.append(sums(self.q(tile)[inner], k, self.heads))
+        return mix(matrix_of(self, parts), v)
 
 
 class FastCrossAttention(CrossAttention):
@@ -154,10 +150,8 @@ def accelerated(*models):
     with LOCK:
         plain = [model for model in models if not any(type(module) in FAST.values() for module in model.modules())]
         training = [module for model in models for module in model.modules() if module.training]
-        for model in plain:
-            accelerate(model)
-        for module in training:
-            module.training = False
+        for model in models:
+            accelerate(model).eval()
         try:
             yield
         finally:

@@ -5,17 +5,16 @@ The same work as released (norms and attention matrices written out, the whole n
 one. Ratios are to the first variant and dtype asked for. With --output, what is in the file is not measured again."""
 
 import argparse
-import contextlib
-import signal
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -98,13 +97,11 @@ def race(work, kinds, repeats, device):
     difference: the largest one from the first kind's output, over the largest value there."""
     jobs = [job(*work, *kind, device) for kind in kinds]
     outputs = [function().float() for function in jobs]  # the first calls also warm up
-    rounds = [[seconds(function) for function in jobs] for _ in range(repeats)]
-    results = []
-    for times, output in zip(zip(*rounds), outputs):
-        faster = median(first[0] / time for first, time in zip(rounds, times))
-        difference = float((output - outputs[0]).abs().max() / outputs[0].abs().max())
-        results.append(dict(seconds=median(times), faster=faster, difference=difference))
-    return results
+    times = np.array([[seconds(function) for function in jobs] for _ in range(repeats)])  # (repeats, kinds)
+    faster = np.median(times[:, :1] / times, axis=0).tolist()
+    differences = [float((output - outputs[0]).abs().max() / outputs[0].abs().max()) for output in outputs]
+    numbers = zip(np.median(times, axis=0).tolist(), faster, differences)
+    return [dict(seconds=s, faster=f, difference=d) for s, f, d in numbers]
 
 
 def seconds(function):
@@ -115,67 +112,42 @@ def seconds(function):
 
 def peak(work, kind, device):
     """Megabytes above the weights at the peak of a job; None where the system, or a compiler at work, hides it."""
-    if "cuda" not in device:
-        job("nano", work[1], 16, *kind, device)()  # what PyTorch itself takes at its first call
-    function = job(*work, *kind, device)
     if "cuda" in device:
-        weights = torch.cuda.memory_allocated(device)
+        function, weights = job(*work, *kind, device), torch.cuda.memory_allocated(device)
         function()  # the first call also compiles, and tries algorithms
         torch.cuda.reset_peak_memory_stats(device)
         function()
         return (torch.cuda.max_memory_allocated(device) - weights) / 1e6
     if "compiled" in kind or not STATUS.exists():
         return None
-    weights = resident("VmRSS")  # now
+    job("nano", work[1], 16, *kind, device)()  # what PyTorch itself takes at its first call
+    function, weights = job(*work, *kind, device), resident("VmRSS")  # now
     function()
     return resident("VmHWM") - weights  # the most there has been
 
 
-STATUS = Path("/proc/self/status")  # on Linux
+STATUS = Path("/proc/self/status")  # on Linux; the module `resource` would count the peak of the parent process, too
 
 
 def resident(name):
-    lines = STATUS.read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024 / 1e6
-
-
-@contextlib.contextmanager
-def without_ctrl_c():
-    """Ctrl-C waits for the end of the block, and never reaches a process that begins in it (on Windows it does)."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return int(re.search(rf"{name}:\s+(\d+)", STATUS.read_text())[1]) * 1024 / 1e6
 
 
 def alone(function, *args):
     """function(*args) in a new process, which remembers no earlier work."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            with without_ctrl_c():
-                future = pool.submit(function, *args)
-            return future.result()
-        except KeyboardInterrupt:
-            for process in active_children():
-                process.kill()
-            raise
+        return pool.submit(function, *args).result()
 
 
 def measure(rows, work, kinds, repeats, device):
     """Rows of all kinds (variant, dtype) of one work (preset, T, size), measured and added where `rows` lacks any."""
     names = [dict(zip(KEYS, (*work, *kind))) for kind in kinds]
-    if all(rows.find(**name) for name in names):
-        return [rows.find(**name) for name in names]
-    peaks = [alone(peak, work, kind, device) for kind in kinds]
-    results = alone(race, work, kinds, repeats, device)
-    for megabytes, result in zip(peaks, results):
-        result["megabytes"] = megabytes
-        result["smaller"] = peaks[0] / megabytes if megabytes and peaks[0] else None
-    return [rows.add(**name, **result) for name, result in zip(names, results)]
+    if not all(rows.find(**name) for name in names):
+        peaks = [alone(peak, work, kind, device) for kind in kinds]
+        for name, megabytes, result in zip(names, peaks, alone(race, work, kinds, repeats, device)):
+            smaller = peaks[0] / megabytes if megabytes and peaks[0] else None
+            rows.add(**name, **result, megabytes=megabytes, smaller=smaller)
+    return [rows.find(**name) for name in names]
 
 
 def line(row):
@@ -195,8 +167,6 @@ def main(arguments=None):
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
     parser.add_argument("--output", help="a CSV file; what it holds is not measured again")
     options = parser.parse_args(arguments)
-    if options.repeats < 1 or min(options.sizes) < 16:
-        parser.error("--repeats must be at least 1, and --sizes at least 16")
     kinds = list(product(options.variants, options.dtypes))
 
     def compare():

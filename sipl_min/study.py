@@ -4,7 +4,7 @@
 `capacity`  Backbone, a backbone of the operations of T = 1, SIPL with T = 0..4: what pays per operation?
 `combinations`  Trained on single degradations, on pairs too, on all: which loop mends two and three at once?
 `windows`   Photos in windows of 64 x 64: guided by an overview of the photo, or by nothing, and the photo at once.
-`cost`      Operations of T = 0..4, by the paper's loop, by the released code's, and with nothing reused.
+`cost`      Operations and seconds of T = 0..4, by the paper's loop, by the released code's, and with nothing reused.
 
 With --weights these are measured, and nothing is trained. Else all arms of a seed see the same crops (in the same
 damage, where they have the same suite; in `windows` two see parts of larger ones) and test images. Trainings and
@@ -14,6 +14,7 @@ import argparse
 import copy
 import sys
 import zlib
+from collections import defaultdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -35,14 +37,22 @@ from .sipl import SIPL
 from .speed import as_released
 from .train import RECIPE_SETTINGS, fit
 
+
 # ------------------------------------------------------------------------------------------- who is in the loop
-
-
+@torch.no_grad()
 def constant_proxies(model, images):
     """One proxy for all images: the mean of Read(D, E(y_0)) over degraded images, each (1, 3, H, W)."""
-    with torch.no_grad():
-        proxies = [model.proxies(model.privileged(model(x))) for x in images]
-    return [torch.stack(scale).mean(0) for scale in zip(*proxies)]
+    proxies = [model.proxies(model.privileged(model(x))) for x in images]
+    return [torch.cat(scale).mean(0, keepdim=True) for scale in zip(*proxies)]
+
+
+@torch.no_grad()
+def share_between_images(model, images):
+    """Which share of the proxies' variance lies between images, 0 (a constant) to 1, at each scale."""
+    proxies = [model.proxies(model.privileged(model(x))) for x in images]
+    scales = [torch.cat(scale) for scale in zip(*proxies)]
+    total = [(p - p.mean((0, 2, 3), keepdim=True)).square().mean(0).sum() for p in scales]
+    return [float(p.var(0, correction=0).sum() / t) for p, t in zip(scales, total)]
 
 
 def proxies_from(model, x, y, other, constant, g):
@@ -50,22 +60,12 @@ def proxies_from(model, x, y, other, constant, g):
 
     x, y: degraded and clean image, (1, 3, H, W). other: another image with another degradation. g: for the noise.
     constant: from `constant_proxies`. "mean color" is a flat image of the clean image's."""
+    images = {"estimate": model(x), "noise": torch.rand(x.shape, generator=g).to(x), "other image": model(other)}
+    images |= {"input": x, "clean": y, "mean color": y.mean((-2, -1), keepdim=True).expand_as(y)}
+    found = {name: model.proxies(model.privileged(image)) for name, image in images.items()}
     D = model.proxies()
-    mean = [d.mean((-2, -1), keepdim=True) for d in D]
-    images = {
-        "estimate": model(x),
-        "noise": torch.rand(x.shape, generator=g).to(x),
-        "other image": model(other),
-        "input": x,
-        "clean": y,
-        "mean color": y.mean((-2, -1), keepdim=True).expand_as(y),
-    }
-    return {name: model.proxies(model.privileged(image)) for name, image in images.items()} | {
-        "constant": constant,
-        "D": D,
-        "D - mean": [d - m for d, m in zip(D, mean)],
-        "zero": [torch.zeros_like(d) for d in D],
-    }
+    centered = [d - d.mean((-2, -1), keepdim=True) for d in D]
+    return found | {"constant": constant, "D": D, "D - mean": centered, "zero": [torch.zeros_like(d) for d in D]}
 
 
 def restore_with(model, x, found):
@@ -75,15 +75,6 @@ def restore_with(model, x, found):
     return {name: model.decode(x, features, proxies)[..., :H, :W] for name, proxies in found.items()}
 
 
-def share_between_images(model, images):
-    """Which share of the proxies' variance lies between images, 0 (a constant) to 1, at each scale."""
-    with torch.no_grad():
-        proxies = [model.proxies(model.privileged(model(x))) for x in images]
-    scales = [torch.cat(scale) for scale in zip(*proxies)]
-    total = [(p - p.mean((0, 2, 3), keepdim=True)).square().mean(0).sum() for p in scales]
-    return [float(p.var(0, correction=0).sum() / t) for p, t in zip(scales, total)]
-
-
 UNLIKE = {  # stronger than in training: column -> further degradation of the clean image x
     "denser haze": partial(haze, beta=(2.5, 3.5)),
     "stronger noise": partial(noise, sigma=75.0),
@@ -91,97 +82,59 @@ UNLIKE = {  # stronger than in training: column -> further degradation of the cl
 }
 
 
-def who(model, photos):
-    """Yield (column, photo, name of what the proxy is made of, PSNR) for inputs like training's and unlike them."""
-    cases = [(c, n, *pair(p, "cdd11", c)) for c in COLUMNS["cdd11"] for n, p in photos.items()]
+# Each of these three asks a model about cases (column, photo, degraded x, clean y), all photos of a column after each
+# other, and yields (case, name -> estimate of y).
+def who(model, cases):
+    """By what the proxy is made of, for inputs like training's and unlike them."""
+    photos = len({name for _, name, _, _ in cases})
     constant = constant_proxies(model, [x for _, _, x, _ in cases[:: max(1, len(cases) // 32)]])
-    for number, (_, name, _, y) in enumerate(cases[: len(photos)]):
-        for column, function in UNLIKE.items():
-            cases.append((column, name, function(y, generator(number)), y))
-    for number, (column, name, x, y) in enumerate(cases):
-        other = cases[(number + len(photos) + 1) % len(cases)][2]  # the next photo, in the next column
-        other = torch.nn.functional.interpolate(other, x.shape[-2:])
-        found = proxies_from(model, x, y, other, constant, generator(number))
-        for source, estimate in restore_with(model, x, found).items():
-            yield column, name, source, psnr(estimate, y)
+    cases = [*cases]
+    for number, (_, name, _, y) in enumerate(cases[:photos]):
+        cases += [(column, name, damage(y, generator(number)), y) for column, damage in UNLIKE.items()]
+    for number, case in enumerate(cases):
+        _, _, x, y = case
+        other = cases[(number + photos + 1) % len(cases)][2]  # the next photo, in the next column
+        other = F.interpolate(other, x.shape[-2:])
+        yield case, restore_with(model, x, proxies_from(model, x, y, other, constant, generator(number)))
 
 
-# ----------------------------------------------------------------------------------------------------- capacity
+def loops(model, cases):
+    """By loop and step, T = 0..4: of a backbone by the feedback "again"."""
+    feedback = ("privilege", "chain") if model.fusion else ("again",)
+    for case in cases:
+        found = {loop: model.refine(case[2], 4, loop, return_all=True) for loop in feedback}
+        yield case, {f"{loop} y{t}": y for loop, estimates in found.items() for t, y in enumerate(estimates)}
 
 
+def in_windows(model, cases):
+    """By what all windows read, of 64 x 64 pixels or as in training; and of the photo as a whole."""
+    side = model.about.get("window", 64)
+    for case in cases:
+        x, guides = case[2], {"no guide": None}
+        if model.fusion:
+            small = F.interpolate(x, (side, side), mode="area")
+            guides["degraded overview"] = model.privileged(small)
+            guides["restored overview"] = model.privileged(model(small))
+        found = {guide: windows(lambda part: model(part, P), x, side, overlap=0) for guide, P in guides.items()}
+        for guide in [*guides][:2]:
+            found[f"whole, {guide}"] = model(x, guides[guide])
+        yield case, found
+
+
+# --------------------------------------------------------------------------------------------------------- cost
 def operations(model, T=0, feedback="privilege", size=64):
-    """Multiplications and additions per pixel of 0, 1, ..., T refinements, a list.
+    """Multiplications and additions per pixel of 0, 1, ..., T refinements, a list. No value is computed.
 
-    PyTorch's counter does not see fused attention, so that is off here. On the device "meta" no value is computed."""
-    x = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
-    model = copy.deepcopy(model).eval()
+    PyTorch's counter does not see fused attention, so that is off here; tiles of `fast.py` would count their halos."""
+    model = accelerate(copy.deepcopy(model), False).to("meta").eval()
+    x = torch.zeros(1, 3, size, size, device="meta")
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         return [counter.get_total_flops() / size**2 for _ in model.estimates(x, T, feedback)]
 
 
-def wider(dim, suite=""):
-    """Width of the backbone that costs in one pass what SIPL of width `dim` does at T = 1; or, with a suite as of
-    `combinations`, what two passes of the backbone do."""
-    fusion = not suite
-    target = operations(SIPL("nano", dim=dim, fusion=fusion), 1, "privilege" if fusion else "again")[1]
-    widths = range(dim, 2 * dim + 1, 2)  # even ones; twice the width is nearly four times the operations
-    return min(widths, key=lambda d: abs(operations(SIPL("nano", dim=d, fusion=False))[0] / target - 1))
-
-
-def loops(model, photos):
-    """Yield (column, photo, loop and estimate, PSNR) for T = 0..4: of a backbone by the feedback "again"."""
-    for column in COLUMNS["cdd11"]:
-        for name, photo in photos.items():
-            x, y = pair(photo, "cdd11", column)
-            for loop in ("privilege", "chain") if model.fusion else ("again",):
-                for t, estimate in enumerate(model.refine(x, 4, loop, return_all=True)):
-                    yield column, name, f"{loop} y{t}", psnr(estimate, y)
-
-
-# ------------------------------------------------------------------------------------------------------ windows
-def in_windows(model, photos):
-    """Yield (column, photo, guide, PSNR): photos in windows, 64 x 64 or as in training, by what all windows read."""
-    side = getattr(model, "about", {}).get("window", 64)
-    for column in COLUMNS["cdd11"]:
-        for name, photo in photos.items():
-            x, y = pair(photo, "cdd11", column)
-            guides = {"no guide": None}
-            if model.fusion:
-                small = torch.nn.functional.interpolate(x, (side, side), mode="area")
-                guides["degraded overview"] = model.privileged(small)
-                guides["restored overview"] = model.privileged(model(small))
-            for guide, P in guides.items():
-                yield column, name, guide, psnr(windows(lambda part: model(part, P), x, side, overlap=0), y)
-            yield column, name, "whole, no guide", psnr(model(x), y)
-            if model.fusion:
-                yield column, name, "whole, degraded overview", psnr(model(x, guides["degraded overview"]), y)
-
-
-# --------------------------------------------------------------------------------------------------------- cost
-def cost(presets=("nano", "small", "paper"), counted=256, timed=128):
-    """Two Markdown tables: the first pass in operations, and in seconds on this CPU; T refinements as multiples of it.
-
-    Images have counted x counted and timed x timed pixels. Seconds are those of `fast.py`, and where nothing is reused
-    of the code as released."""
-    head = "| preset | loop | {}, T = 0 | T = 1 | T = 2 | T = 3 | T = 4 |\n" + "|---" * 7 + "|"
-    threads = f"seconds ({timed} × {timed} pixels, threads: {torch.get_num_threads()})"
-    tables = [head.format("operations per pixel")], [head.format(threads)]
-    for preset, loop in product(presets, ("privilege", "chain", "nothing reused")):
-        make = as_released if loop == "nothing reused" else accelerate
-        with torch.device("meta"):
-            model = SIPL(preset) if make is accelerate else make(SIPL(preset))
-        number = operations(model, 4, loop, counted)
-        took = seconds(make(SIPL(preset).eval()), loop, timed)
-        firsts = f"{number[0] / 1e3:,.0f} thousand", f"{took[0]:.3f}"
-        for table, first, values in zip(tables, firsts, (number, took)):
-            times = " | ".join(f"{value / values[0]:.2f} ×" for value in values[1:])
-            table.append(f"| {preset} | {loop} | {first} | {times} |")
-    return "\n\n".join(map("\n".join, tables)) + "\n"
-
-
 @torch.no_grad()
 def seconds(model, loop, size, runs=3):
-    """Seconds until y_0, ..., y_4 are there, medians of some runs."""
+    """Seconds until y_0, ..., y_4 of an image of size x size are there, medians of some runs."""
     x, found = torch.rand(1, 3, size, size).to(next(model.parameters())), []
     for _ in range(runs + 1):  # the first warms up
         start, times = perf_counter(), []
@@ -192,17 +145,40 @@ def seconds(model, loop, size, runs=3):
     return np.median(found[1:], axis=0)
 
 
+def cost(presets=("nano", "small", "paper"), counted=256, timed=128):
+    """Two Markdown tables: the first pass in operations, and in seconds on this CPU; T refinements as multiples of it.
+
+    Images have counted x counted and timed x timed pixels. Seconds are those of `fast.py`, and where nothing is reused
+    of the code as released."""
+    titles = "operations per pixel", f"seconds ({timed} × {timed} pixels, threads: {torch.get_num_threads()})"
+    tables = [[f"| preset | loop | {t}, T = 0 | T = 1 | T = 2 | T = 3 | T = 4 |", "|---" * 7 + "|"] for t in titles]
+    loops = {"privilege": accelerate, "chain": accelerate, "nothing reused": as_released}
+    for preset, (loop, form) in product(presets, loops.items()):
+        model = form(SIPL(preset).eval())
+        number, took = operations(model, 4, loop, counted), seconds(model, loop, timed)
+        firsts = f"{number[0] / 1e3:,.0f} thousand", f"{took[0]:.3f}"
+        for table, first, values in zip(tables, firsts, (number, took)):
+            times = " | ".join(f"{value / values[0]:.2f} ×" for value in values[1:])
+            table.append(f"| {preset} | {loop} | {first} | {times} |")
+    return "\n\n".join(map("\n".join, tables)) + "\n"
+
+
 # -------------------------------------------------------------------------------------------------------- study
-GUIDED = ["authors", "privilege", "unroll"]
-STEPWISE = ["singles: backbone", "singles: equal compute", "singles: again", "singles: authors"]
-STEPWISE += ["doubles: backbone", "backbone"]
-WINDOWED = ["windowed", "overview"]  # learn from windows of crops that were damaged whole, without a guide and with
+STEPWISE = ["singles: backbone", "singles: equal compute", "singles: again", "singles: authors", "doubles: backbone"]
 QUESTIONS = {  # what is measured, and the arms: a suite to train on if it is not cdd11, and a recipe
-    "who": (who, GUIDED),
-    "capacity": (loops, ["backbone", "equal compute", *GUIDED]),
-    "combinations": (loops, STEPWISE),
-    "windows": (in_windows, ["backbone", *WINDOWED]),
+    "who": (who, ["authors", "privilege", "unroll"]),
+    "capacity": (loops, ["backbone", "equal compute", "authors", "privilege", "unroll"]),
+    "combinations": (loops, [*STEPWISE, "backbone"]),
+    "windows": (in_windows, ["backbone", "windowed", "overview"]),
 }
+
+
+def wider(dim, suite=""):
+    """Width of the backbone that costs in one pass what SIPL of width `dim` does at T = 1; or, with a suite as of
+    `combinations`, what two passes of the backbone do."""
+    target = operations(SIPL("nano", dim=dim, fusion=not suite), 1, "again" if suite else "privilege")[1]
+    widths = range(dim, 2 * dim + 1, 2)  # even ones; twice the width is nearly four times the operations
+    return min(widths, key=lambda d: abs(operations(SIPL("nano", dim=d, fusion=False))[0] / target - 1))
 
 
 def build(arm, dim, seed=0):
@@ -217,39 +193,35 @@ def build(arm, dim, seed=0):
 def run(question, folder, images=None, test=None, weights=(), seeds=3, num_steps=5000, dim=8, size=192, photos=16):
     """Train each arm with each seed, measure, and return all rows; what lies in `folder` is not trained again.
 
-    weights: names or files to measure instead."""
-    if min(seeds, photos, size) < 1:
-        raise InputError(f"seeds={seeds}, photos={photos} and size={size} must be 1 or more")
+    images, test: folders of photos; None takes the embedded ones. weights: names or files to measure instead.
+    Raises InputError for weights without the loop that is asked about, and for a folder of another run."""
     folder, (measure, arms) = Path(folder), QUESTIONS[question]
-    paths = find(test)[:photos] if test else []
-    tests = {p.relative_to(test).as_posix(): read(p) for p in paths} or dict([*held_out().items()][:photos])
-    tests = {name: center(photo, size) for name, photo in tests.items()}
+    tests = {p.relative_to(test).as_posix(): read(p) for p in find(test)[:photos]} if test else held_out()
+    tests = {name: center(photo, size) for name, photo in [*tests.items()][:photos]}
+    cases = [(c, name, *pair(photo, "cdd11", c)) for c in COLUMNS["cdd11"] for name, photo in tests.items()]
     about = dict(size=size, photos=len(tests), test=zlib.crc32(b"".join(photo.tobytes() for photo in tests.values())))
-    if weights:
-        about["weights"] = [checksum(*SIPL.load(name).state_dict().values()) for name in weights]
-        arms, seeds = weights, 1
+    loaded = {name: SIPL.load(name) for name in weights}
+    if loaded:
+        about["weights"] = [checksum(*model.state_dict().values()) for model in loaded.values()]
     else:
-        about = dict(num_steps=num_steps, dim=dim) | about
+        about, images = dict(num_steps=num_steps, dim=dim) | about, Images(images)
     rows = Rows(folder / f"{question}.csv", ["arm", "seed", "column", "photo", "name"], ["psnr"], **about)
-    images = None if weights else Images(images)
-    for seed in range(seeds):
-        for arm in tqdm(arms, desc=f"seed {seed}"):
-            if weights:
-                model = SIPL.load(arm)
-                if question != "windows" and "window" in model.about:
-                    raise InputError(f"{arm} has the recipe 'overview', which has no loop: ask about windows")
-                if question == "who" and not model.fusion:
-                    raise InputError(f"{arm} has no Proxy Fusion, so that nothing is in its loop: pass other weights")
-            else:
-                model, recipe, suite = build(arm, dim, seed)
-                to = dict(folder=folder / f"{arm}-{seed}".replace(": ", "-"), seed=seed)
-                options = dict(suite=suite, num_steps=num_steps, crop_size=64, lr=1e-3, warmup=100)
-                options |= dict(crop_size=192, window=64) if arm in WINDOWED else {}
-                fit(model, images, recipe=recipe, **options, **to)
-                model.cpu()  # where the test images are
-            with accelerated(model), torch.no_grad():
-                for column, photo, name, value in measure(model, tests):
-                    rows.add(arm=arm, seed=seed, column=column, photo=photo, name=name, psnr=value)
+    for seed, arm in tqdm([*product(range(1 if loaded else seeds), loaded or arms)], unit="arm"):
+        if loaded:
+            model = loaded[arm]
+            if question == "who" and not model.fusion:
+                raise InputError(f"{arm} has no Proxy Fusion, so that nothing is in its loop: pass other weights")
+        else:
+            model, recipe, suite = build(arm, dim, seed)
+            options = dict(suite=suite, num_steps=num_steps, lr=1e-3, warmup=100, seed=seed, crop_size=64)
+            if arm in ("windowed", "overview"):  # learn from windows of crops that were damaged whole
+                options |= dict(crop_size=192, window=64)
+            fit(model, images, recipe=recipe, folder=folder / f"{arm}-{seed}".replace(": ", "-"), **options)
+            model.cpu()  # where the test images are
+        with accelerated(model), torch.no_grad():
+            for (column, photo, _, y), estimates in measure(model, cases):
+                for name, y_t in estimates.items():
+                    rows.add(arm=arm, seed=seed, column=column, photo=photo, name=name, psnr=psnr(y_t, y))
     return [*rows.done.values()]
 
 
@@ -257,30 +229,27 @@ def report(rows, by_number=False):
     """Markdown tables: a line for each arm, PSNR (dB), mean over images and columns ± deviation over seeds.
 
     by_number: a table for each number of degradations, instead of one for inputs like training's and one unlike."""
+    tables = defaultdict(lambda: defaultdict(list))  # title -> (arm, name, seed) -> PSNR
+    for row in rows:
+        title = "unlike training" if row["column"] in UNLIKE else "like training"
+        title = f"{row['column'].count('_') + 1} at once" if by_number else title
+        tables[title][row["arm"], row["name"], row["seed"]].append(row["psnr"])
+    lines = []
+    for title, found in tables.items():
+        arms, names, _ = (dict.fromkeys(part) for part in zip(*found))
+        lines += [" | ".join([f"| {title}", *names]) + " |", "|---" * (len(names) + 1) + "|"]
+        for arm in arms:
+            cells = [spread([np.mean(v) for key, v in found.items() if key[:2] == (arm, name)]) for name in names]
+            lines.append(" | ".join([f"| {arm}", *cells]) + " |")
+        lines.append("")
+    return "\n".join(lines)
 
-    def group(column):
-        if by_number:
-            return f"{column.count('_') + 1} at once"
-        return "unlike training" if column in UNLIKE else "like training"
 
-    text = []
-    for title in dict.fromkeys(group(row["column"]) for row in rows):
-        mine = [row for row in rows if group(row["column"]) == title]
-        names = list(dict.fromkeys(row["name"] for row in mine))
-        text += [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        for arm in dict.fromkeys(row["arm"] for row in mine):
-            text.append(f"| {arm} | " + " | ".join(spread(mine, arm, name) for name in names) + " |")
-        text.append("")
-    return "\n".join(text)
-
-
-def spread(rows, arm, name):
-    """'20.31 ± 0.12': mean, and standard deviation over seeds."""
-    mine = [r for r in rows if (r["arm"], r["name"]) == (arm, name)]
-    means = [np.mean([r["psnr"] for r in mine if r["seed"] == seed]) for seed in sorted({r["seed"] for r in mine})]
-    if len(means) < 2:
-        return f"{means[0]:.2f}" if means else "-"
-    return f"{np.mean(means):.2f} ± {np.std(means, ddof=1):.2f}"
+def spread(values):
+    """'20.31 ± 0.12': mean and standard deviation, where there are several."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}" if values else "-"
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
 def main(arguments=None):
@@ -296,8 +265,6 @@ def main(arguments=None):
 
     def answer():
         question = options["question"]
-        if question == "cost" and options["weights"]:
-            raise InputError("cost counts the presets, untrained: leave out --weights")
         text = cost() if question == "cost" else report(run(**options), question == "combinations")
         with atomic_write(Path(options["folder"]) / f"{question}.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
