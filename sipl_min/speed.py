@@ -130,7 +130,7 @@ STATUS = Path("/proc/self/status")  # on Linux; the module `resource` would coun
 
 
 def resident(name):
-    return int(re.search(rf"{name}:\s+(\d+)", STATUS.read_text())[1]) * 1024 / 1e6
+    return int(re.search(rf"{name}:\s+(\d+)", STATUS.read_text(encoding="utf-8"))[1]) * 1024 / 1e6
 
 
 def alone(function, *args):

@@ -209,6 +209,8 @@ def run(question, folder, images=None, test=None, weights=(), seeds=3, num_steps
     for seed, arm in tqdm([*product(range(1 if loaded else seeds), loaded or arms)], unit="arm"):
         if loaded:
             model = loaded[arm]
+            if question != "windows" and "window" in model.about:
+                raise InputError(f"{arm} has the recipe 'overview', which has no loop: ask about windows")
             if question == "who" and not model.fusion:
                 raise InputError(f"{arm} has no Proxy Fusion, so that nothing is in its loop: pass other weights")
         else:
@@ -265,6 +267,8 @@ def main(arguments=None):
 
     def answer():
         question = options["question"]
+        if question == "cost" and options["weights"]:
+            raise InputError("cost counts the presets, untrained: leave out --weights")
         text = cost() if question == "cost" else report(run(**options), question == "combinations")
         with atomic_write(Path(options["folder"]) / f"{question}.md") as temporary:
             temporary.write_text(text, encoding="utf-8")

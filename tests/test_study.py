@@ -112,3 +112,4 @@ def test_weights_can_be_measured_and_costs_counted(tmp_path, capsys, monkeypatch
         ends = {line.split(" | ")[1]: line.split()[-3] for line in table.splitlines() if line.startswith("| nano ")}
         assert float(ends["chain"]) > float(ends["nothing reused"]) > 4
     assert "operations" in counted and "seconds (32 × 32 pixels, threads: " in timed
+    assert study.main(["cost", str(tmp_path), "--weights", "nano"]) == 2 and "leave out" in capsys.readouterr().err
