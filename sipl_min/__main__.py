@@ -119,6 +119,8 @@ def load(options):
     """The model of --weights on --device in --dtype, fast, and --steps."""
     model = SIPL.load(options.weights, training.pick_device(options.device)).to(getattr(torch, options.dtype))
     options.steps = default_steps(model) if options.steps is None else options.steps
+    if getattr(options, "feedback", None) and not options.steps:
+        raise InputError(f"--feedback {options.feedback}: nothing is fed back with --steps 0, pass --steps 1 or more")
     return accelerate(model)
 
 
@@ -195,6 +197,8 @@ def train(options):
 def benchmark(options):
     from . import evaluate
 
+    if options.data and options.suite == "keep":
+        raise InputError("--data: the suite keep has photos of its own, leave it out")
     model = load(options)
     against = SIPL.load(options.against).to(next(model.parameters())) if options.against else None
     if options.suite == "keep":

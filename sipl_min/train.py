@@ -199,7 +199,8 @@ def fit(
     state = read_checkpoint(folder, model) if folder else None
     before = state["run"] if state else finetune_options(model, options.get("start"), recipe)
     o = Options(**{name: before[name] for name in Options.__annotations__ if name in before} | options)
-    recipe, label = find_recipe(recipe or before.get("recipe"), model)
+    usual = before.get("recipe") if before.get("recipe") in RECIPES else None
+    recipe, label = find_recipe(recipe or usual, model)
     data = find_data(data, o, options)
     run = describe(model, label, data, o)
     first, log = (state["step"], state["log"]) if state else (0, [])
@@ -208,6 +209,9 @@ def fit(
     if folder and rank == 0:
         begin(folder, log)
         print(changes, end="")
+    if rank == 0 and progress and not first and o.trained:
+        gentle = ", ".join(f"{name}={getattr(o, name)}" for name in ("lr", "warmup", "ema", "decibels", "batch_size"))
+        print(f"fine-tuning weights with {o.trained} steps behind them: recipe={label}, {gentle}")
 
     was_fast = any(type(module) in FAST.values() for module in model.modules())
     accelerate(model.to(device).train())  # channels last, also where gradients are recorded
@@ -289,6 +293,8 @@ def backward(network, x, y, accumulate):
     network.zero_grad()
     rank, world = ranks()
     totals = torch.zeros(2, device=x.device)
+    if len(x) < world:
+        raise InputError(f"a batch of {len(x)} gives no image to some of {world} processes: pass a larger batch_size")
     parts = min(accumulate, len(x) // world)  # as many in each process: they wait for each other
     for a, b in zip(x[rank::world].tensor_split(parts), y[rank::world].tensor_split(parts)):
         loss, psnr = network(a, b)
@@ -341,6 +347,8 @@ def find_data(data, o, given):
             raise InputError(f"there are pairs of {', '.join(strange)}, not in suite {o.suite!r}: pass one that has it")
     elif wrong := sorted({"shares", "suite", "mild"} & {name for name in given if given[name]}):
         raise InputError(f"{', '.join(wrong)}: of degradations, which pairs bring along: leave that out")
+    elif isinstance(data, Dataset) and not len(data):
+        raise InputError(f"the data set {type(data).__name__} is empty: pass another one")
     elif isinstance(data, Pairs) and not data.crop_size:
         data = copy.copy(data)
         data.crop_size, data.seed = o.crop_size, o.seed
@@ -366,12 +374,6 @@ def batches(data, first, o, device, overview=False):
         yield cut(*(t.to(device, torch.float32, non_blocking=True) for t in (x, y)), o.window, overview)
 
 
-def check_batch(x, y):
-    if x.shape != y.shape or not 0 <= y.min() <= y.max() <= 1 or not x.abs().max() <= 10:  # noise may leave [0, 1]
-        found = f"{tuple(x.shape)} and {tuple(y.shape)}, values to {x.abs().max():.4g} and {y.abs().max():.4g}"
-        raise InputError(f"a batch must be degraded and clean images of one shape, (B, 3, H, W) in [0, 1], not {found}")
-
-
 def in_order(data, first, o, load):
     """Batches of a data set, epoch by epoch, each in an order of its own that follows from the seed."""
     per_epoch = max(len(data) // o.batch_size, 1)
@@ -382,6 +384,17 @@ def in_order(data, first, o, load):
         order = [indices.tolist() for indices in torch.randperm(len(data), generator=g).split(o.batch_size)]
         skipped = max(first - epoch * per_epoch, 0)
         yield from load(data, batch_sampler=order[skipped:per_epoch], generator=g)
+
+
+def check_batch(x, y):
+    """Raise InputError where somebody's data would be learned from and mean something else."""
+    shapes = [getattr(t, "shape", type(t).__name__) for t in (x, y)]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[0][1] != 3:
+        found = f"{shapes[0]} and {shapes[1]}"
+        raise InputError(f"a batch must be degraded and clean images of one shape (B, 3, H, W), not {found}")
+    if not 0 <= y.min() <= y.max() <= 1 or not x.abs().max() <= 10:  # noise may leave [0, 1]
+        found = f"up to {x.abs().max():.4g} and {y.abs().max():.4g}, or below 0"
+        raise InputError(f"degraded and clean images must have values in [0, 1], not {found}: scale or clamp them")
 
 
 def again_and_again(data):

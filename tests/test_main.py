@@ -204,6 +204,13 @@ def test_the_rest(tmp_path, capsys):
         (["train", "runs/x", "--lr", "-1"], "lr=-1.0"),
         (["train", "runs/x", "--weights", "nano", "--preset", "small"], "--preset and --backbone are of new weights"),
         (["train", "runs/x", "--weights", "nano", "--recipe", "backbone"], "fusion=False, or nano-backbone"),
+        (["benchmark", "keep", "--data", "x"], "--data: the suite keep has photos of its own"),
+        (["restore", "data", "o", "--feedback", "again"], "nothing is fed back with --steps 0, pass --steps 1 or more"),
+        (["demo", "--steps", "-1"], "steps=-1: pass 0, 1, 2, ..."),
+        (
+            ["restore", "data", "o", "--weights", "nano-backbone", "--steps", "1"],
+            "without Proxy Fusion 0, or feedback=",
+        ),
         (["train", "runs/x", "--shares", "haze=2", "fog=3"], "shares of 'fog': suite 'cdd11' has low, haze"),
     ],
 )

@@ -343,6 +343,8 @@ def test_processes_work_on_as_many_parts_each(monkeypatch):
         monkeypatch.setattr(train, "ranks", lambda rank=rank: (rank, 2))
         train.backward(network, x, x, 2)
     assert parts == [2, 1], "they wait for each other after each part"
+    with pytest.raises(InputError, match="a batch of 1 gives no image to some of 2 processes"):
+        train.backward(network, x[:1], x[:1], 1)
 
 
 def test_a_batch_in_parts_is_the_same_batch():
@@ -482,12 +484,29 @@ def test_a_recipe_may_hold_another_loss_and_returns_estimates():
 
 def test_a_data_set_that_cannot_be_learned_from_is_named():
     y = rand(4, 3, 16, 16)
-    for x, clean in ((255 * y, y), (y, 255 * y), (y[..., :8], y), (y * torch.nan, y), (y, y - 1e-3)):
-        with pytest.raises(InputError, match="a batch must be degraded and clean images of one shape"):
+    for x, clean in ((255 * y, y), (y, 255 * y), (y * torch.nan, y), (y, 1.001 * y.clamp(0.999)), (y, -y)):
+        with pytest.raises(InputError, match=r"images must have values in \[0, 1\], not up to .*: scale or clamp"):
             run(data=TensorDataset(x, clean))
+    for item, message in (
+        (dict(lq=y[0], gt=y[0]), "not str and str"),
+        ((y[0].permute(1, 2, 0), y[0].permute(1, 2, 0)), r"not torch.Size\(\[1, 16, 16, 3\]\) and "),
+        ((y[0], y[0, :, :8]), "clean images of one shape"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(data=DataLoader([item]))
+    with pytest.raises(InputError, match="the data set TensorDataset is empty"):
+        run(data=TensorDataset(y[:0], y[:0]))
     with pytest.raises(InputError, match="mild: of degradations, which pairs bring along: leave that out"):
         run(data=TensorDataset(y, y), mild=0.5)
     assert len(run(data=TensorDataset(y.half(), y.double()), num_steps=2)[1]) == 2
+
+
+def test_fine_tuning_is_told(capsys):
+    model, _ = run(num_steps=1)
+    capsys.readouterr()
+    run(num_steps=1, model=model, lr=1e-3, progress=True)
+    told = "fine-tuning weights with 1 steps behind them: recipe=authors, lr=0.001, warmup=2, ema=0.99, decibels=0.0"
+    assert told in capsys.readouterr().out
 
 
 def test_pairs_that_a_suite_would_not_use_are_refused():
