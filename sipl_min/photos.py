@@ -1,6 +1,5 @@
 """From a photo, on disk or in memory, to the restored photo: reading, writing, windows for large ones, folders."""
 
-import contextlib
 import itertools
 import math
 import os
@@ -31,7 +30,11 @@ PACKAGES = dict.fromkeys(RAW, "rawpy") | dict.fromkeys((".heic", ".heif", ".hif"
 PACKAGES |= {".jxl": "pillow-jxl-plugin", ".psd": "psd-tools"}  # these only such a package reads
 PHOTOS = (*WRITTEN, *READ, *PACKAGES)  # what a folder is searched for
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "AVIF", "JPEG2000", "TIFF")  # as Pillow calls them
+DEEP = rb"av1C..[\x40-\x7f\xc0-\xff]|\xff\x4f\xff\x51.{38}[\x08-\x7f\x88-\xff]"  # a flag of AVIF, bits of JPEG 2000
+KEPT = dict(icc_profile=bytes, exif=bytes, xmp=bytes, comment=bytes, dpi=tuple)  # of Pillow's `info`, if of these types
+ALONE = threading.RLock()  # Pillow's limit and Python's warnings belong to all threads
 MAX_PIXELS = 200e6
+MARGIN = 16  # pixels that `restore` mirrors around a photo
 
 
 def find(folder: Name, empty: bool = False) -> list[Path]:
@@ -75,34 +78,26 @@ def read(path: Name, max_pixels: float = MAX_PIXELS) -> np.ndarray:
     return load(path, max_pixels)[0]
 
 
-def load(path, max_pixels):
+def load(path, max_pixels=math.inf):
     """The pixels of a photo; and what else its file holds, as options of Pillow's `save`."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no file {str(path)!r}: check the path")
-    try:
-        with ALONE, without_limit(), warnings.catch_warnings(), open(path, "rb") as f:
-            warnings.simplefilter("ignore")  # odd metadata is no damage; damaged pixels raise
+    with ALONE, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata is no damage; damaged pixels raise
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # `max_pixels` is the only limit
+        try:
+            with open(path, "rb") as f:
+                start = f.read(4)
             if package := PACKAGES.get(path.suffix.lower()):
                 raise InputError(f"reading this kind takes the package {package}, convert it to PNG or TIFF first")
-            loader = load_tiff if f.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") else load_pillow
+            loader = load_tiff if start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") else load_pillow
             return loader(path, max_pixels)
-    except Exception as e:  # decoders raise anything from OSError to struct.error
-        reason = str(e).split("\n")[0] or type(e).__name__
-        raise InputError(f"cannot read {str(path)!r} as a photo: {reason}") from e
-
-
-ALONE = threading.RLock()  # Pillow's limit and Python's warnings belong to all threads
-
-
-@contextlib.contextmanager
-def without_limit():
-    """Without Pillow's limit of pixels: `max_pixels` is the only one."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
+        except Exception as e:  # decoders raise anything from OSError to struct.error
+            reason = str(e).split("\n")[0] or type(e).__name__
+            raise InputError(f"cannot read {str(path)!r} as a photo: {reason}") from e
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def check_size(pixels, pages, max_pixels):
@@ -111,10 +106,6 @@ def check_size(pixels, pages, max_pixels):
     if pixels > max_pixels:
         limit = f"{max_pixels / 1e6:.1f} million, raise it with max_pixels (--max-pixels)"
         raise InputError(f"its {pixels / 1e6:.1f} million pixels are above the limit of {limit}")
-
-
-DEEP = rb"av1C..[\x40-\x7f\xc0-\xff]|\xff\x4f\xff\x51.{38}[\x08-\x7f\x88-\xff]"  # a flag of AVIF, bits of JPEG 2000
-KEPT = dict(icc_profile=bytes, exif=bytes, xmp=bytes, comment=bytes, dpi=tuple)
 
 
 def load_pillow(path, max_pixels):
@@ -136,10 +127,10 @@ def load_pillow(path, max_pixels):
         if kept.get("icc_profile", b"")[16:20] == b"CMYK":  # the pixels become RGB
             del kept["icc_profile"]
         if image.format == "PNG":
-            kept["pnginfo"] = PngImagePlugin.PngInfo()
+            texts = kept["pnginfo"] = PngImagePlugin.PngInfo()
             for key, text in image.text.items():
                 changed = info.get(key)  # `info` knows that the pixels are upright
-                add = kept["pnginfo"].add_itxt if key.startswith("XML:") else kept["pnginfo"].add_text  # XMP
+                add = texts.add_itxt if key.startswith("XML:") else texts.add_text  # XMP
                 add(key, changed if isinstance(changed, str) else text)
         if image.format in ("JPEG", "MPO"):
             kept |= dict(qtables=image.quantization, subsampling=max(JpegImagePlugin.get_sampling(image), 0))
@@ -156,9 +147,9 @@ def load_pillow(path, max_pixels):
 def load_tiff(path, max_pixels):
     """tifffile reads plain gray and RGB of any depth; other compressions and kinds of color are Pillow's."""
     with tifffile.TiffFile(path) as f:
-        page = next((p for p in f.pages if not p.subfiletype & 0b101), f.pages[0])
-        pages = sum(not p.subfiletype & 0b101 for p in f.pages)  # without thumbnails and masks
-        check_size(page.imagewidth * page.imagelength, pages, max_pixels)
+        pages = [p for p in f.pages if not p.subfiletype & 0b101]  # without thumbnails and masks
+        page = (pages or f.pages)[0]
+        check_size(page.imagewidth * page.imagelength, len(pages), max_pixels)
         if 8 < page.bitspersample < 16:
             raise InputError(f"{page.bitspersample} bits a channel are not read, convert it to 16 bits first")
         deflated = page.compression in (1, 8, 32946)  # or not compressed
@@ -194,18 +185,19 @@ def write(path: Name, image: np.ndarray, like: Name | None = None) -> None:
     from TIFF only profile and resolution), and the quality of a JPEG, and whether a WebP is lossless; JPEG and WebP
     are of quality 95 else."""
     check_fits(path, image)
-    ending, kept = Path(path).suffix.lower(), load(like, math.inf)[1] if like else {}
+    ending = Path(path).suffix.lower()
+    kept = load(like)[1] if like else {}
     image = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
-    options = kept if ending in JPEG and "qtables" in kept else dict(quality=95, subsampling=0) | kept
     with atomic_write(path) as temporary:
         if ending in TIFF:
-            layout = dict(photometric="rgb" if image.shape[2:] > (2,) else "minisblack")
-            layout["planarconfig"] = "contig" if image.ndim == 3 else None
-            layout["extrasamples"] = [2] if image.shape[2:] in ((2,), (4,)) else None  # alpha, not multiplied in
-            carried = dict(resolution=kept["dpi"], resolutionunit="inch") if "dpi" in kept else {}
-            carried |= dict(iccprofile=kept.get("icc_profile"))
-            iio.imwrite(temporary, image, plugin="tifffile", metadata=None, **layout, **carried)
+            options = dict(resolution=kept["dpi"], resolutionunit="inch") if "dpi" in kept else {}
+            options["iccprofile"] = kept.get("icc_profile")
+            options["photometric"] = "rgb" if image.shape[2:] > (2,) else "minisblack"
+            options["planarconfig"] = "contig" if image.ndim == 3 else None
+            options["extrasamples"] = [2] if image.shape[2:] in ((2,), (4,)) else None  # alpha, not multiplied in
+            iio.imwrite(temporary, image, plugin="tifffile", metadata=None, **options)
         else:
+            options = kept if ending in JPEG and "qtables" in kept else dict(quality=95, subsampling=0) | kept
             iio.imwrite(temporary, image, plugin="pillow", **options)
 
 
@@ -222,18 +214,29 @@ def check_fits(path, image):
 
 
 # ------------------------------------------------------------------------------------------------- arrays, tensors
-def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """H x W or H x W x C, uint8, uint16 or float in [0, 1] -> (1, 3, H, W) float32 in [0, 1].
+def to_tensor(image: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """A photo in memory, as `restore` takes it -> (B, 3, H, W) float32 in [0, 1]; B = 1 for an array H x W [x C].
 
     Gray becomes three equal channels, alpha is left out. Raises InputError for other shapes, kinds and values."""
-    shaped = image.ndim in (2, 3) and 0 not in image.shape and image.shape[2:] <= (4,)
-    if not shaped or image.dtype.kind not in "fu" or image.dtype.kind == "u" and image.itemsize > 2:
-        wanted = "H x W or H x W x C with C = 1, 2, 3 or 4, and uint8, uint16 or float in [0, 1]"
-        raise InputError(f"a photo must be {wanted}, not {image.dtype} {image.shape}")
-    color, _ = split_alpha(image)
-    top = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
-    x = torch.from_numpy(np.array(color, np.float32, order="C")) / top  # a copy: it may be read-only
-    return check_range(x).permute(2, 0, 1)[None].expand(-1, 3, -1, -1).contiguous()
+    size = image.shape
+    if isinstance(image, torch.Tensor):
+        if len(size) not in (3, 4) or size[-3] not in (1, 3) or 0 in size or not image.is_floating_point():
+            wanted = "a tensor must be float, (B, 3, H, W) or (3, H, W), in [0, 1]"
+            raise InputError(f"{wanted}, not {image.dtype} {tuple(size)}")
+        x = image.detach().float().reshape(-1, *size[-3:]).expand(-1, 3, -1, -1)
+    else:
+        shaped = len(size) in (2, 3) and 0 not in size and size[2:] <= (4,)
+        if not shaped or image.dtype.kind not in "fu" or image.dtype.kind == "u" and image.itemsize > 2:
+            wanted = "H x W or H x W x C with C = 1, 2, 3 or 4, and uint8, uint16 or float in [0, 1]"
+            raise InputError(f"a photo must be {wanted}, not {image.dtype} {size}")
+        color, _ = split_alpha(image)
+        top = np.iinfo(image.dtype).max if image.dtype.kind == "u" else 1
+        x = torch.from_numpy(np.array(color, np.float32, order="C")) / top  # a copy: it may be read-only
+        x = x.permute(2, 0, 1)[None].expand(-1, 3, -1, -1).contiguous()
+    low, high = (float(v) for v in x.aminmax())
+    if not (low >= 0 and high <= 1):  # NaN fails both
+        raise InputError(f"a float photo must hold values in [0, 1], found {low:.3g} to {high:.3g}: scale or clean it")
+    return x
 
 
 def from_tensor(x: torch.Tensor, like: np.ndarray) -> np.ndarray:
@@ -248,13 +251,6 @@ def from_tensor(x: torch.Tensor, like: np.ndarray) -> np.ndarray:
 def split_alpha(image):  # H x W [x C] -> color (H, W, 1 or 3), alpha (H, W, 0 or 1)
     image = np.atleast_3d(image)
     return np.split(image, [image.shape[2] - (image.shape[2] % 2 == 0)], axis=2)
-
-
-def check_range(x):
-    low, high = (float(v) for v in x.aminmax())
-    if not (low >= 0 and high <= 1):  # NaN fails both
-        raise InputError(f"a float photo must hold values in [0, 1], found {low:.3g} to {high:.3g}: scale or clean it")
-    return x
 
 
 # ------------------------------------------------------------------------------------------------------- restoring
@@ -277,7 +273,7 @@ def restore(model, photo, steps=None, feedback=None, tile=None, overlap=64, prog
     if isinstance(photo, Image.Image) and photo.mode not in ("L", "LA", "RGB", "RGBA", "I;16", "F"):
         raise InputError(f"a photo of Pillow's mode {photo.mode!r}: pass its file, or photo.convert('RGB')")
     photo = photo if isinstance(photo, torch.Tensor) else np.asarray(photo)
-    x = to_tensor(photo) if isinstance(photo, np.ndarray) else batch(photo)
+    x = to_tensor(photo)
     own = next(model.parameters())  # of the model's device and dtype
     side = window_side(model, x.shape, tile, overlap)
     side = math.inf if side >= max(x.shape[-2:]) else side  # its margin cuts no photo into windows
@@ -296,21 +292,11 @@ def restore(model, photo, steps=None, feedback=None, tile=None, overlap=64, prog
     return y.clamp(0, 1).to(photo).reshape(photo.shape)
 
 
-MARGIN = 16  # pixels that `restore` mirrors
-
-
 def mirrored(function, x, margin=MARGIN):
     """function(x) for x (B, C, H, W) with a mirrored margin, which is cut off again."""
     H, W = x.shape[-2:]
     y = function(mirror(mirror(x, -2, margin, margin), -1, margin, margin))
     return y[..., margin : margin + H, margin : margin + W]
-
-
-def batch(x):  # a tensor -> (B, 3, H, W) float32
-    if x.ndim not in (3, 4) or x.shape[-3] not in (1, 3) or 0 in x.shape or not x.is_floating_point():
-        found = f"{x.dtype} {tuple(x.shape)}"
-        raise InputError(f"a tensor must be float, (B, 3, H, W) or (3, H, W), in [0, 1], not {found}")
-    return check_range(x.detach().float()).reshape(-1, *x.shape[-3:]).expand(-1, 3, -1, -1)
 
 
 # --------------------------------------------------------------------------------------------------------- windows
@@ -369,13 +355,18 @@ def restore_folder(model, source, target, steps=None, *, force=False, max_pixels
     Raises InputError where nothing can be done, or `source` is a single photo that failed."""
     source = Path(source)
     jobs = plan(source, Path(target))
-    restored, skipped, problems = 0, 0, []
     options |= dict(steps=steps, progress=progress and len(jobs) == 1)
     try:
         restore(model, np.zeros((16, 16, 3), np.uint8), **options)  # options that cannot work are found out now
     except (ValueError, RuntimeError) as e:
         raise InputError(str(e).split("\n")[0]) from e
-    check_folder(next(iter(jobs)).parent)
+    folder = next(iter(jobs)).parent
+    try:  # so is a folder in which no file can be made
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise InputError(f"cannot write to the folder {str(folder)!r}: {e.strerror or e}") from e
+    restored, skipped, problems = 0, 0, []
     for place, path in tqdm(jobs.items(), unit="photo", disable=not progress or len(jobs) == 1):
         if place.is_file() and not force:
             skipped += 1
@@ -397,15 +388,6 @@ def restore_folder(model, source, target, steps=None, *, force=False, max_pixels
     return restored, skipped, problems
 
 
-def check_folder(folder):
-    """Make a folder, in which a file can be made. Raises InputError else."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e:
-        raise InputError(f"cannot write to the folder {str(folder)!r}: {e.strerror or e}") from e
-
-
 def plan(source, target):
     """The places of restored photos, each with the photo that it comes from."""
     if not source.exists():
@@ -417,7 +399,7 @@ def plan(source, target):
         raise InputError(f"no photos in {str(source)!r} but those in {str(target)!r}: check the paths")
     jobs, originals = {}, {path.resolve() for path in files}
     for path in files:
-        name = str(path.relative_to(root))
+        name = path.relative_to(root)
         place = target / (name if path.suffix.lower() in WRITTEN else f"{name}.png")
         if not source.is_dir() and not target.is_dir() and target.suffix:  # the name of a file
             place = target
