@@ -38,6 +38,7 @@ def default_feedback(model: SIPL) -> str:
     return "again" if getattr(model, "about", {}).get("recipe") == "again" else "privilege"
 
 
+@torch.no_grad()
 def refiner(model: SIPL, photo: torch.Tensor, steps: int, feedback: str, return_all: bool = False) -> Callable:
     """`model.refine` with these options, for a photo (B, 3, H, W) or its windows.
 
@@ -50,14 +51,13 @@ def refiner(model: SIPL, photo: torch.Tensor, steps: int, feedback: str, return_
         wrong = f"steps={steps}, feedback={feedback!r}"
         raise InputError(f"{wrong}: weights of the recipe 'overview' make one guided pass, pass steps=0 (--steps 0)")
     overview = F.interpolate(photo, (side, side), mode="area").to(next(model.parameters()))
+    privileged = model.privileged(overview)
 
     @torch.no_grad()
     def guided(x):
         y = model(x, privileged)
         return y[None] if return_all else y
 
-    with torch.no_grad():
-        privileged = model.privileged(overview)
     return guided
 
 
@@ -93,16 +93,18 @@ def load(source: Name | dict[str, Any] = "nano", device: Any = None, net: torch.
     try:
         content, header = read(path) if path else (source, {})
         tensors, header = unwrap(content, header)
-        wrapped = "encoder" in header.get("settings", {})
-        if net is not None and not wrapped:
+        if "encoder" in header.get("settings", {}):
+            advice = "pass the network that it was saved around, SIPL.load(..., net=the_network)"
+            if net is None:
+                raise ValueError("it holds a network wrapped by SIPL.wrap")
+        elif net is not None:
             advice = "leave out net"
             raise ValueError("it holds no network wrapped by SIPL.wrap")
-        if wrapped:
-            advice = "pass the network that it was saved around, SIPL.load(..., net=the_network)"
         else:
             tensors = modernize(tensors, name)
         settings = header["settings"] if header else infer(tensors, name)
-        model = build(settings, tensors, net, "meta")  # there it takes no memory, whatever a file asks for
+        with torch.device("meta"):  # there it takes no memory, whatever a file asks for
+            model = build(settings, tensors, net)
         if not header:
             names = {published_name(n, model.settings.backbone): n for n in model.state_dict()}
             tensors = {names.get(n, n): t for n, t in tensors.items()}
@@ -112,11 +114,10 @@ def load(source: Name | dict[str, Any] = "nano", device: Any = None, net: torch.
     except Exception as e:  # a strange file can raise anything
         reason = f"{e.args[0]} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())[:200].rstrip(". ")
         raise InputError(f"{name}: {reason}: {advice}") from e
-    if wrapped:
-        model.fusion.to_empty(device=next(net.parameters(), torch.empty(0)).device)
-    else:
-        with torch.random.fork_rng(devices=[]):  # anew: a backbone may hold what no file has
-            model = build(settings, tensors, None, "cpu")
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # anew: a backbone may hold what no file has
+        model = build(settings, tensors, net)
+    if net is not None:
+        model.fusion.to(next(net.parameters(), torch.empty(0)).device)
     model.load_state_dict(tensors)
     model.about = about
     return model.to(device).eval()
@@ -163,7 +164,7 @@ def unwrap(content, header):
         raise ValueError("it holds no tensor")
     if header:
         return tensors, header
-    first = r"((?:.*\.)?)(encoder\.embed|patch_embed\.proj|intro)\.weight"  # what stands before it is a wrapper's
+    first = r"(.*\.|)(encoder\.embed|patch_embed\.proj|intro)\.weight"  # what stands before it is a wrapper's
     prefix = min((m[1] for n in tensors if (m := re.fullmatch(first, n))), key=len, default="")
     if prefix and any(n.startswith("fusion.") for n in tensors):
         raise ValueError("it holds a network wrapped by SIPL.wrap without its settings, which model.save writes")
@@ -183,22 +184,19 @@ def modernize(tensors, name):
     return renamed
 
 
-def build(settings, tensors, net, device):
+def build(settings, tensors, net):
     """The model of these settings, untrained."""
     settings = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items() if n != "aligned"}
-    with torch.device(device):
-        if "encoder" in settings and net is None:
-            raise ValueError("it holds a network wrapped by SIPL.wrap")
-        if "encoder" in settings:
-            return Wrapped(net, Taps(**settings))
-        if (name := settings.get("backbone", "promptir")) not in BACKBONES:
-            raise ValueError(f"its backbone {name!r} is not known here: enter it into sipl.BACKBONES first")
-        s = Settings(**settings)
-        if name in FAMILIES and sum(s.blocks) + s.refinement + s.middle + sum(s.decoder_blocks) > len(tensors):
-            raise ValueError("its settings ask for more blocks than it has tensors")
-        model = SIPL("paper", **settings)
-    norms = [n for n in tensors if re.match(r"encoder.*\.norm\d\.(body\.)?bias$", n)]
-    if name in FAMILIES and not norms:  # Restormer's BiasFree
+    if net is not None:
+        return Wrapped(net, Taps(**settings))
+    s = Settings(**settings)
+    if s.backbone not in BACKBONES:
+        raise ValueError(f"its backbone {s.backbone!r} is not known here: enter it into sipl.BACKBONES first")
+    ours = s.backbone in FAMILIES
+    if ours and sum(s.blocks) + s.refinement + s.middle + sum(s.decoder_blocks) > len(tensors):
+        raise ValueError("its settings ask for more blocks than it has tensors")
+    model = SIPL("paper", **settings)
+    if ours and not any(re.match(r"encoder.*\.norm\d\.(body\.)?bias$", n) for n in tensors):  # Restormer's BiasFree
         for module in [*model.encoder.modules(), *model.decoder.modules()]:
             if isinstance(module, LayerNorm2d):
                 module.__class__, module.bias = BiasFreeNorm, None
@@ -252,16 +250,13 @@ RESTORMER = [  # and what was made of it: PromptIR, AdaIR
     (r"\.inner\.1\.", ".dwconv."),
 ]
 NAFNET = [
-    (r"^encoder\.embed", "intro"),
-    (r"^encoder\.down", "downs"),
     (r"^(encoder|decoder)\.levels", r"\1s"),
-    (r"^decoder\.down", "downs.3"),
-    (r"^decoder\.middle", "middle_blks"),
-    (r"^decoder\.up", "ups"),
-    (r"^decoder\.output", "ending"),
+    (r"^decoder\.down", "down.3"),
+    (r"^(encoder|decoder)\.", ""),
     (r"\.inner\.(\d)", ".conv{l}"),
 ]
-NAFNET_WORDS = dict(out="conv3", channels="sca.1", ffn_inner="conv4", ffn_out="conv5")
+NAFNET_WORDS = dict(embed="intro", down="downs", middle="middle_blks", up="ups", output="ending")
+NAFNET_WORDS |= dict(out="conv3", channels="sca.1", ffn_inner="conv4", ffn_out="conv5")
 WORDS = dict(attention="attn", out="project_out")
 WORDS |= dict(norm_query="norm11.body", norm_context="norm12.body", norm_ffn="norm2.body")  # of Proxy Fusion
 WORDS |= dict(maps="prompt_param", choose="linear_layer", conv="conv3x3")  # of PromptIR; the others are of AdaIR
@@ -314,9 +309,9 @@ def infer(tensors, name):
         found["prompt_channels"] = each("prompt{}.prompt_param", 1)
         found["prompt_size"] = each("prompt{}.prompt_param", 3)
     if family == "nafnet":
-        blocks, decoder_blocks = (tuple(count(f"{part}.{i}") for i in range(4)) for part in ("encoders", "decoders"))
-        middle = count("middle_blks")
-        return found | dict(dim=shapes["intro.weight"][0], blocks=blocks, middle=middle, decoder_blocks=decoder_blocks)
+        found["blocks"] = tuple(count(f"encoders.{i}") for i in range(4))
+        found["decoder_blocks"] = tuple(count(f"decoders.{i}") for i in range(4))
+        return found | dict(middle=count("middle_blks"), dim=shapes["intro.weight"][0])
     levels = ["encoder_level1", "encoder_level2", "encoder_level3", "latent"]
     found |= dict(dim=shapes["patch_embed.proj.weight"][0], heads=each("{}.0.attn.temperature", 0, levels))
     found |= dict(blocks=tuple(map(count, levels)), refinement=count("refinement"))

@@ -40,10 +40,10 @@ class Wrapped(SIPL):
         self.settings, self.net = taps, net
         self.fusion = nn.ModuleList()
         each = (taps.decoder_channels, taps.dictionary_size, taps.read_heads, taps.write_heads, taps.encoder_channels)
-        for dim, size, *heads, context_dim in zip(*each, strict=True):
-            if dim % heads[0] or dim % heads[1]:
+        for dim, size, read, write, context in zip(*each, strict=True):
+            if dim % read or dim % write:
                 raise InputError(f"read_heads, write_heads: {dim} channels need heads that divide them")
-            self.fusion.append(ProxyFusion(dim, size, taps.dictionary_std, *heads, taps.identity_start, context_dim))
+            self.fusion.append(ProxyFusion(dim, size, taps.dictionary_std, read, write, taps.identity_start, context))
         self.fusion.to(next(net.parameters(), torch.empty(0)).dtype)
 
     def pad(self, x, multiple=1):
@@ -137,7 +137,8 @@ def wrap(net: nn.Module, encoder: list[str], decoder: list[str], example: torch.
     if len({*sizes}) == len(sizes) and {*sizes} == {shapes[name][-2:] for name in decoder}:
         decoder = sorted(decoder, key=lambda name: sizes.index(shapes[name][-2:]))
     found = dict(encoder=encoder, decoder=decoder, read_heads=[1] * len(sizes), write_heads=[1] * len(sizes))
-    found |= {f"{part}_channels": [shapes[name][1] for name in found[part]] for part in ("encoder", "decoder")}
+    found["encoder_channels"] = [shapes[name][1] for name in encoder]
+    found["decoder_channels"] = [shapes[name][1] for name in decoder]
     # as many entries as the preset nano has at a resolution: 16 x 16 at 1/2, 8 x 8 at 1/4, ...
     found["dictionary_size"] = [max(2, min(32, round(32 * width / example.shape[-1]))) for _, width in sizes]
     taps = Taps(**{name: tuple(v) if isinstance(v, list) else v for name, v in (found | options).items()})
