@@ -90,13 +90,6 @@ class Found:
         """The pairs with which a column of a table is measured or trained."""
         return self.pairs.get(column, self.pairs.get("", []))
 
-    def add(self, folder, pairs):
-        """Another folder of it: column -> what `by_name` says."""
-        self.folders.append(folder)
-        for column, (good, unpaired) in pairs.items():
-            self.pairs.setdefault(column, []).extend(good)
-            self.unpaired += unpaired
-
 
 def role_of(parts):
     """ "train", "test" or None: the deepest part of a path with such a word tells."""
@@ -114,13 +107,12 @@ def fitting(parts, role, clean=None):
     """The data sets that a folder's path (names from the root down) may tell of, the likeliest first.
 
     clean: whether they have clean images only; None for any set, in any layout."""
-
     parts = [part.lower() for part in parts]
     if any(whole(OTHERS, part) for part in parts):
         return []
     several = [what for what in SETS if role in (what.role, None) and clean in (what.clean, None)]
-    for depth, part in reversed([*enumerate(parts)]):
-        task = part if clean is None or depth == len(parts) - 1 else ""
+    for part in reversed(parts):
+        task = part if clean is None or part == parts[-1] else ""
         if fits := [what for what in several if whole(what.where, part) or what.task == task]:
             return fits
     return []
@@ -140,7 +132,7 @@ def find(root):
         raise InputError(f"no folder {str(root)!r}: put the data sets below one, and name that")
     for folder, folders, files in walk(root):
         folders[:] = [f for f in folders if not f.startswith("__MACOSX")]
-        images = [folder / f for f in files if Path(f).suffix.lower() in PHOTOS]
+        images = [(None, folder / f) for f in files if Path(f).suffix.lower() in PHOTOS]
         parts = (root.resolve().name, *folder.relative_to(root).parts)
         role, pairs = role_of(parts), {}
         inputs, target = columns_of(folders)
@@ -153,28 +145,33 @@ def find(root):
                 targets = below(folder / target, empty=True)
                 pairs = {column: by_name(below(folder / name, empty=True), targets) for column, name in inputs.items()}
         elif images or not folders:
-            if images and fitting(parts, role, clean=True):
-                pairs = {"": ([(None, path) for path in images], [])}
-            fits = fitting(parts, role, clean=True if pairs else None)
+            fits = fitting(parts, role, clean=True) if images else []
+            pairs = {"": (images, [])} if fits else {}
+            fits = fits or fitting(parts, role)
         else:
             continue
-        if pairs:
-            found[fits[0]].add(folder, pairs)
-        else:
+        if not pairs:
             strange.append((folder, fits))
+            continue
+        item = found[fits[0]]
+        item.folders.append(folder)
+        for column, (good, unpaired) in pairs.items():
+            item.pairs.setdefault(column, []).extend(good)
+            item.unpaired += unpaired
     known = {what for what, item in found.items() if item.folders}
-    for folder, fits in strange:  # what a role does not tell may be part of what is known already
-        for what in fits if known.isdisjoint(fits) else ():
-            found[what].add(folder, {})
+    for folder, fits in strange:
+        if known.isdisjoint(fits):  # what a role does not tell may be part of what is known already
+            for what in fits:
+                found[what].folders.append(folder)
     return [item for item in found.values() if item.folders]
 
 
 def columns_of(folders):
     """Which of some folders hold inputs, combination (CDD-11) or "" -> name, and which one the targets, or ""."""
     inputs, target = halves(folders)
-    combinations = {f.lower(): f for f in folders if f.lower() in CDD11}
+    combinations = {column: f for column in CDD11 for f in folders if f.lower() == column}
     if target.lower() == "clear" and len(combinations) > 1:
-        return {column: combinations[column] for column in CDD11 if column in combinations}, target
+        return combinations, target
     return {"": inputs} if inputs else {}, target
 
 
@@ -188,8 +185,7 @@ def training(root, suite):
     pairs, unpaired = {}, []
     for f in found:
         columns = [column for column in COLUMNS[suite] if column in f.what.columns]
-        empty = [column for column in columns or ["images"] * f.what.clean if not f.of(column)]
-        if empty:
+        if empty := [column for column in columns or ["images"] * f.what.clean if not f.of(column)]:
             way = f"arrange it as {f.what.layout()} below {str(root)!r}, or move it away"
             raise InputError(f"{f.what.name} in {str(f.folders[0])!r} has nothing to train {empty[0]} on: {way}")
         pairs |= {column: f.of(column) for column in columns}

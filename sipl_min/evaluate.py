@@ -78,8 +78,7 @@ def pair(photo, suite, column, seed=0, device="cpu"):
 
     Strength, place and noise of the degradation follow from seed, column and the photo's own content."""
     y = to_tensor(photo)
-    number = list(COLUMNS[suite]).index(column)
-    g = generator(hash_seed(seed, number, zlib.crc32(np.ascontiguousarray(photo).tobytes())))
+    g = generator(hash_seed(seed, list(COLUMNS[suite]).index(column), zlib.crc32(photo.tobytes())))
     return degrade(y, g, suite, [column]).to(device), y.to(device)
 
 
@@ -108,10 +107,10 @@ def real(suite, root):
     files, notes = {}, []
     for column in COLUMNS[suite]:
         found = next((f for f in tests if column in f.what.columns), None)
-        files[column] = found.of(column) if found else []
         if found is None:
             notes.append(f"{column}: no data set for it below {str(root)!r}; python -m sipl_min data says what fits")
             continue
+        files[column] = found.of(column)
         parts = len(found.what.columns) if column in found.pairs else 1  # CDD-11 has as many images of each column
         count, right = len(files[column]), found.what.count // parts
         if count != right:
@@ -140,18 +139,12 @@ def published_pair(x, y, column, stream):
     if x is None:
         pixels = (array(clean) * 255).round()
         pixels = pixels + int(column.split("_")[1]) * stream.standard_normal(pixels.shape)
-        return to_tensor(pixels.clip(0, 255).astype(np.uint8)), clean
+        degraded = to_tensor(pixels.clip(0, 255).astype(np.uint8))
     return degraded, clean
 
 
-KEEP = {  # column -> degradation
-    "clean": None,
-    "dark": None,
-    "noise5": partial(noise, sigma=5.0),
-    "jpeg60": partial(jpeg, quality=60),
-    "jpeg90": partial(jpeg, quality=90),
-    "flat": None,
-}
+SLIGHT = dict(noise5=partial(noise, sigma=5.0), jpeg60=partial(jpeg, quality=60), jpeg90=partial(jpeg, quality=90))
+KEEP = ("clean", "dark", *SLIGHT, "flat")  # columns; those of SLIGHT are degraded
 GOOD = ("ihc.png", "retina.jpg", "moon.png", "page.png")  # of scikit-image; nothing is trained on them
 DARK = ("hubble_deep_field.jpg", "rocket.jpg")  # dark by nature; not trained on either
 FLAT = {f"gray {v}": (v, v, v) for v in (0, 64, 128, 192, 255)} | {"orange": (210, 120, 40)}
@@ -164,7 +157,8 @@ def keep(photos=None, size=256):
     if photos is None:
         photos = held_out() | {Path(name).stem: read(installed(name)) for name in GOOD}
     dark = {Path(name).stem: read(installed(name)) for name in DARK}
-    flat = {name: np.full((max(size // 2, 16), max(size // 2, 16), 3), color, np.uint8) for name, color in FLAT.items()}
+    side = max(size // 2, 16)
+    flat = {name: np.full((side, side, 3), color, np.uint8) for name, color in FLAT.items()}
     groups = dict.fromkeys(KEEP, photos) | dict(dark=dark, flat=flat)
     cases = [(column, *item) for column, group in groups.items() for item in group.items()]
 
@@ -172,7 +166,8 @@ def keep(photos=None, size=256):
         for column, name, photo in cases:
             about = dict(source="embedded", suite="keep", column=column, photo=name, draw=0)
             y = to_tensor(center(np.atleast_3d(photo), size))
-            yield about, KEEP[column](y, generator(0)) if KEEP[column] else y, y
+            x = SLIGHT[column](y, generator(0)) if column in SLIGHT else y
+            yield about, x, y
 
     return Cases(len(cases), make)
 
@@ -222,20 +217,20 @@ class Rows:
         """Keep a row, without values that are None, unless one with its keys is there; return what is kept."""
         if self.key(row) not in self.done:
             self.done[self.key(row)] = {name: value for name, value in row.items() if value is not None}
-            self.write([row.get(name) for name in self.columns[:-1]] + [self.run])
+            if self.path:
+                self.write([row.get(name) for name in self.columns[:-1]] + [self.run])
         return self.done[self.key(row)]
 
     def key(self, row):
         return tuple(row[name] for name in self.keys)
 
     def write(self, *lines):  # to the end of the file
-        if self.path:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "a", newline="", **TEXT) as f:
-                    csv.writer(f, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(lines)
-            except OSError as e:
-                raise InputError(f"cannot write {str(self.path)!r}: {e.strerror or e}") from e
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", newline="", **TEXT) as f:
+                csv.writer(f, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").writerows(lines)
+        except OSError as e:
+            raise InputError(f"cannot write {str(self.path)!r}: {e.strerror or e}") from e
 
 
 KEYS = ["source", "suite", "column", "photo", "draw", "checksum", "estimate"]
@@ -254,15 +249,15 @@ def measure(model, cases, steps=None, against=None, output=None, progress=True):
     others, measured = [] if against is None else [against], []
     weights = "+".join(f"{checksum(*m.state_dict().values()):08x}" for m in (model, *others))
     dtype = next(model.parameters()).dtype  # what is usual is not named, as in files of earlier versions
-    about = dict(dtype=dtype) if dtype.itemsize < 4 else {}
-    about |= dict(feedback=default_feedback(model)) if default_feedback(model) != "privilege" else {}
-    about |= {"window": m.window for m in model.modules() if isinstance(m, NAFBlock) and m.window}
-    rows = Rows(output, KEYS, VALUES, steps=steps, weights=weights, **about)
+    unusual = dict(dtype=dtype) if dtype.itemsize < 4 else {}
+    unusual |= dict(feedback=default_feedback(model)) if default_feedback(model) != "privilege" else {}
+    unusual |= {"window": m.window for m in model.modules() if isinstance(m, NAFBlock) and m.window}
+    rows = Rows(output, KEYS, VALUES, steps=steps, weights=weights, **unusual)
     names = ["input"] + ["backbone"] * len(others) + [f"y{t}" for t in range(steps + 1)]
     with accelerated(model, *others):
         for number, case in enumerate(tqdm(cases, unit="pair", disable=not progress)):
             about, x, y = checked(case, number)
-            about = about | dict(checksum=checksum(x, y))
+            about["checksum"] = checksum(x, y)
             found = [rows.find(**about, estimate=name) for name in names]
             if None in found:
                 estimates, margin = [x], MARGIN if about["suite"] == "keep" else 0  # as `restore` treats sound photos
@@ -278,14 +273,14 @@ def checked(case, number):
     """A case, or somebody's pair (x, y), as a case. Raises InputError where it cannot be measured."""
     *about, x, y = case
     about = dict(source="own", suite="own", column="all", photo=str(number), draw=0) | (about[0] if about else {})
-    tensors = [t[None] if isinstance(t, torch.Tensor) and t.ndim == 3 else t for t in (x, y)]
-    fit = all(isinstance(t, torch.Tensor) and t.is_floating_point() and t.shape[:2] == (1, 3) for t in tensors)
-    if not fit or tensors[0].shape != tensors[1].shape or min(tensors[0].shape[2:]) < 7:
+    x, y = (t[None] if torch.is_tensor(t) and t.ndim == 3 else t for t in (x, y))
+    fit = all(torch.is_tensor(t) and t.is_floating_point() and t.shape[:2] == (1, 3) for t in (x, y))
+    if not fit or x.shape != y.shape or min(x.shape[2:]) < 7:
         wanted = "two float tensors (1, 3, H, W) of one size, 7 pixels a side or more, degraded and clean"
         raise InputError(f"pair {about['photo']!r} must be {wanted}")
-    if not (0 <= tensors[1].min() <= tensors[1].max() <= 1 and tensors[0].abs().max() <= 10):
+    if not (0 <= y.min() <= y.max() <= 1 and x.abs().max() <= 10):  # false for NaN, too
         raise InputError(f"pair {about['photo']!r} must have values in [0, 1]: divide 0..255 by 255")
-    return about, *tensors
+    return about, x, y
 
 
 def scores(estimate, clean, about):
@@ -334,9 +329,9 @@ def table(rows, suite, value="psnr", methods=("PromptIR", "AdaIR"), by_method=Fa
     lines, digits = [[value.upper(), *means]], 2 if value == "psnr" else 3
     for column in columns:
         name = column if complete or column != "average" else f"average of {len(columns) - 1}"
-        numbers = [m.get(column) for m in means.values()]
-        lines.append([name] + ["-" if n is None else f"{n:.{digits}f}" for n in numbers])
-    lines = [*map(list, zip(*lines))] if by_method else lines
+        numbers = [figures.get(column) for figures in means.values()]
+        lines.append([name] + ["-" if number is None else f"{number:.{digits}f}" for number in numbers])
+    lines = [*zip(*lines)] if by_method else lines
     widths = [max(map(len, cells)) for cells in zip(*lines)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
     return "\n".join("| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines)
@@ -350,8 +345,7 @@ def markdown(rows, suite):
         text.append(f"Columns with a star are published, on the real data sets{other}, and no results of this run.")
     if any(row["psnr"] == 100 for row in rows):
         text.append("100 dB stands for equal images.")
-    flat = [row for row in rows if "step" in row]
-    if flat:
+    if flat := [row for row in rows if "step" in row]:
         steps = {e: max(row["step"] for row in flat if row["estimate"] == e) for e in average(flat)}
         worst = ", ".join(f"{estimate} {step:.1f}" for estimate, step in steps.items())
         text.append(f"flat: largest step from the median of an image, in levels of 255: {worst}.")
