@@ -20,7 +20,7 @@ import torch.nn as nn
 from .backbones import ChannelCrossAttention
 from .sipl import SIPL, Block, CrossAttention, unit
 
-TILE = {"cpu": 2**21, "cuda": 2**26}  # elements of the widest tensor that a layer makes; 2**21 floats fit a CPU's cache
+TILE = {"cpu": 2**20, "cuda": 2**26}  # elements of the widest tensor that a layer makes; 2**20 floats fit a CPU's cache
 
 
 def tiles(x, width, halo):
