@@ -45,6 +45,7 @@ class Settings:
     read_heads: tuple = (1, 2, 1)  # as released, not rising
     write_heads: tuple = (1, 2, 4)
     identity_start: bool = False  # True: a new Write leaves h as it is. Released: Write adds to LayerNorm(h), not to h
+    dims = property(lambda self: [self.dim * 2**i for i in range(4)])  # channels of each level
 
     def __post_init__(self):
         for f in fields(self):
@@ -57,8 +58,6 @@ class Settings:
                 raise ValueError(f"settings dim, *heads: {d} channels must be even, and divisible by the heads {heads}")
         if any(c % 4 for c in self.prompt_channels):
             raise ValueError(f"setting prompt_channels={self.prompt_channels} cannot work: pass multiples of 4")
-
-    dims = property(lambda self: [self.dim * 2**i for i in range(4)])  # channels of each level
 
 
 PRESETS = {  # what differs from Settings
@@ -246,7 +245,8 @@ class Decoder(nn.Module):
         h = features[3]
         for i in (2, 1, 0):  # fuse at scale i, 1/8 first; go up to level i; merge with the encoder's feature of it
             h = self.adapt(i, fuse(i, h), x)
-            h = self.levels[i](self.merge[i](torch.cat([self.up[i](h), features[i]], 1)))
+            h = torch.cat([self.up[i](h), features[i]], 1)
+            h = self.levels[i](self.merge[i](h))
         return self.output(self.refinement(h)) + x  # the network predicts the residual
 
 
