@@ -40,8 +40,12 @@ def parse(arguments):
         return c
 
     def model(c):
-        names = "nano, nano-authors, nano-backbone, or a file, as train makes them (default: nano)"
-        c.add_argument("--weights", "--checkpoint", default="nano", help=names)
+        c.add_argument(
+            "--weights",
+            "--checkpoint",
+            default="nano",
+            help="nano, nano-authors, nano-backbone, or a file, as train makes them (default: nano)",
+        )
         c.add_argument("--steps", type=int, help="refinement steps T (default: what suits the weights)")
         c.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
         c.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="to compute in")
@@ -50,7 +54,9 @@ def parse(arguments):
     model(c)
     c.add_argument("--output", default="demo.png", help="where the figure goes (default: %(default)s)")
 
-    c = command(restore, "Restore a photo, or all photos of a folder; size, depth, alpha and metadata are kept.")
+    c = command(
+        restore, "Restore a photo, or all photos of a folder; size, depth, alpha and metadata (TIFF: few) are kept."
+    )
     c.add_argument("input", help="a photo, or a folder of photos")
     c.add_argument("output", help="a file name, or a folder that will be made")
     model(c)
@@ -72,7 +78,7 @@ def parse(arguments):
     c.add_argument("--skip-bad", action="store_true", help="leave out photos and pairs that cannot be used")
     c.add_argument("--recipe", choices=training.RECIPES, help="(default: authors, or that of the weights)")
     c.add_argument("--suite", "--setting", help=f"{SUITES} (default: cdd11, or that of the weights)")
-    c.add_argument("--num-steps", "--steps", type=int, help="training steps")
+    c.add_argument("--steps", "--num-steps", dest="num_steps", type=int, help="training steps")
     c.add_argument("--batch-size", "--count", type=int, help="crops in a batch, of all processes together")
     c.add_argument("--crop-size", "--size", type=int, help="pixels a side of a crop")
     c.add_argument("--lr", "--peak", type=float, help="highest learning rate")
@@ -85,8 +91,12 @@ def parse(arguments):
     c.add_argument("--accumulate", type=int, help="work on a batch in so many parts, for lack of memory")
     c.add_argument("--num-workers", type=int, help="processes that make batches ahead")
     c.add_argument("--ema", type=float, help="decay of a moving average of the weights, e.g. 0.999: the result then")
-    c.add_argument("--decibels", type=float, help="weight of PSNR in the loss, e.g. 0.002: spares good photos")
-    c.add_argument("--shares", nargs="+", type=share, metavar="COLUMN=N", help="how often training meets a column")
+    c.add_argument(
+        "--decibels", type=float, help="weight of PSNR in the loss beside L1, e.g. 0.002: spares good photos"
+    )
+    c.add_argument(
+        "--shares", nargs="+", metavar="COLUMN=N", help="how often training meets a column, 1 or as in degrade.SHARES"
+    )
     c.add_argument("--window", type=int, help="pixels a side of the part of each crop that is learned from")
     c.add_argument("--mild", type=float, help="share of the crops that are degraded only in part")
     c.add_argument("--autocast", action=argparse.BooleanOptionalAction, help="in bfloat16 (default: on CUDA only)")
@@ -98,6 +108,8 @@ def parse(arguments):
     c.add_argument("--data", help="a folder with the public data sets: measure on those, as published")
     c.add_argument("--against", help="weights of a second model, e.g. the backbone of equal training")
     c.add_argument("--output", help="a CSV file, a line for each estimate; an interrupted run continues; tables as .md")
+    c.add_argument("--draws", type=int, default=1, help="how often each photo is degraded (default: %(default)s)")
+    c.add_argument("--seed", type=int, default=0, help="of the degradations (default: %(default)s)")
 
     c = command(data, "Which public data sets are there, whole and readable, and where the others come from.")
     c.add_argument("folder", nargs="?", default="data", help="where to look (default: %(default)s)")
@@ -110,33 +122,36 @@ def parse(arguments):
     return options
 
 
-def share(text):  # "noise=300" -> ("noise", 300)
-    column, number = text.split("=")
-    return column, int(number)
-
-
 def load(options):
     """The model of --weights on --device in --dtype, fast, and --steps."""
     model = SIPL.load(options.weights, training.pick_device(options.device)).to(getattr(torch, options.dtype))
     options.steps = default_steps(model) if options.steps is None else options.steps
     if getattr(options, "feedback", None) and not options.steps:
         raise InputError(f"--feedback {options.feedback}: nothing is fed back with --steps 0, pass --steps 1 or more")
+    options.feedback = getattr(options, "feedback", None) or default_feedback(model)
+    if options.steps < 0:
+        raise InputError(f"--steps {options.steps}: pass the number of refinements, 0 or more")
+    if options.steps and not model.fusion and options.feedback != "again":
+        raise InputError(f"--steps {options.steps}: {options.weights} has no Proxy Fusion, pass --steps 0")
     return accelerate(model)
 
 
 def demo(options):
     import matplotlib
+    from matplotlib.backend_bases import FigureCanvasBase
 
     from . import evaluate, show
 
     matplotlib.use("Agg")  # draw where there is no display
-    chosen, model, rows = options.steps, load(options), []
-    if chosen is None and model.fusion and "window" not in model.about:  # shows the loop, though one pass would do
+    if Path(options.output).suffix[1:].lower() not in FigureCanvasBase.filetypes:
+        raise InputError(f"cannot write a figure to {options.output!r}: end the name in .png, .pdf or .svg")
+    asked, model, rows = options.steps, load(options), []
+    if asked is None and model.fusion and "window" not in model.about:  # shows the loop, though one pass would do
         options.steps = max(options.steps, 1)
     print(f"{'photo, degradation':30s}{'input':>9s}" + "".join(f"{f'y{t}':>9s}" for t in range(options.steps + 1)))
     for (name, photo), column in zip(held_out().items(), ("streaks", "dim", "noise")):
         x, y = evaluate.pair(evaluate.center(photo, 256), "everyday", column)
-        see = refiner(model, x, options.steps, default_feedback(model), return_all=True)
+        see = refiner(model, x, options.steps, options.feedback, return_all=True)
         estimates = see(x.to(next(model.parameters())))
         numbers = [evaluate.psnr(e, y) for e in (x, *estimates)]
         print(f"{f'{name}, {column}':30s}" + "".join(f"{n:6.2f} dB" for n in numbers))
@@ -159,44 +174,57 @@ def restore(options):
 
 def train(options):
     chosen = {n: v for n in training.Options.__annotations__ if (v := getattr(options, n, None)) is not None}
+    if options.shares:
+        chosen["shares"] = dict(map(share, options.shares))
     if options.weights and (options.preset or options.backbone):
         raise InputError("--preset and --backbone are of new weights: leave them out, or --weights")
     torch.manual_seed(options.seed or 0)
     if not options.weights:
-        settings = training.RECIPE_SETTINGS[options.recipe or "authors"]
-        model = SIPL(options.preset or "nano", backbone=options.backbone or "promptir", **settings)
-        chosen = (training.PAPER_SCHEDULE if options.preset == "paper" else {}) | chosen
+        settings, preset = training.RECIPE_SETTINGS[options.recipe or "authors"], options.preset or "nano"
+        model = SIPL(preset, backbone=options.backbone or "promptir", **settings)
+        chosen = training.SCHEDULES[preset] | chosen
     else:
         model, chosen["start"] = SIPL.load(options.weights), options.weights
         if options.recipe and training.needs_fusion(options.recipe) > bool(model.fusion):  # begins as the backbone is
             closed = options.recipe != "overview"  # whose path would stay closed, see data/README.md
             about, model = model.about, SIPL.from_backbone(model, identity_start=closed)
             model.about = {"num_steps": about.get("num_steps", 0)}
-    images = None
+    images, o = None, vars(training.Options) | chosen
+    if options.pairs or options.data:  # which are read with the options that `fit` will find
+        begun = training.read_checkpoint(Path(options.folder), model)
+        o |= (begun["run"] if begun else training.finetune_options(model, options.weights, options.recipe)) | chosen
     if options.pairs:
-        images = Pairs(*options.pairs, skip_bad=options.skip_bad)
+        images = Pairs(*options.pairs, crop_size=o["crop_size"], seed=o["seed"], skip_bad=options.skip_bad)
     elif options.data:
-        usual = training.finetune_options(model, options.weights).get("suite", training.Options.suite)
-        found = datasets.training(options.data, options.suite or usual)
-        print(
-            f"pairs for {', '.join(found['pairs']) or 'no column'}; {len(found['source'])} clean images for the others"
-        )
-        images = Images(**found, skip_bad=options.skip_bad)
+        found = datasets.training(options.data, o["suite"])
+        made = f"what else suite {o['suite']} has is made of {len(found['source'])} clean images"
+        print(f"pairs for {', '.join(found['pairs']) or 'no column'}; {made}")
+        images = Images(**found, cache=2**33, skip_bad=options.skip_bad)
     elif options.images:
         images = Images(options.images, skip_bad=options.skip_bad)
     for line in getattr(images, "left_out", ()):
         print(f"left out: {line}")
-    if options.shares:
-        chosen["shares"] = dict(options.shares)
     with training.processes(options.device) as (device, first):
         training.fit(model, images, recipe=options.recipe, folder=options.folder, device=device, **chosen)
         if first:
             print(f"weights: {Path(options.folder) / 'model.safetensors'}")
 
 
+def share(text):
+    """ "noise=300" -> ("noise", 300)"""
+    column, _, number = text.partition("=")
+    if not number.isdecimal():
+        raise InputError(f"--shares {text!r}: write a column and a whole number, as in noise=300")
+    return column, int(number)
+
+
 def benchmark(options):
     from . import evaluate
 
+    if options.draws < 1 or options.seed < 0:
+        raise InputError(f"--draws {options.draws} --seed {options.seed}: they must be at least 1 and 0")
+    if (options.data or options.suite == "keep") and (options.draws, options.seed) != (1, 0):
+        raise InputError("--draws and --seed are of suites on embedded photos: leave them out")
     if options.data and options.suite == "keep":
         raise InputError("--data: the suite keep has photos of its own, leave it out")
     model = load(options)
@@ -206,7 +234,7 @@ def benchmark(options):
     elif options.data:
         cases = evaluate.real(options.suite, options.data)
     else:
-        cases = evaluate.embedded(options.suite)
+        cases = evaluate.embedded(options.suite, seed=options.seed, draws=options.draws)
     notes = "\n".join(f"note: {note}" for note in cases.notes)
     print(notes, end="\n" * bool(notes), flush=True)
     if not len(cases):

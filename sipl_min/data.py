@@ -3,10 +3,11 @@
 `batch` makes the batches of our own training. `Degraded` and `Pairs` are ordinary PyTorch data sets for a `DataLoader`.
 In all three, what is drawn follows from seed and place in the training alone, never from what was drawn before."""
 
+import bisect
 import functools
+import itertools
 import unicodedata
 import zlib
-from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,8 +35,8 @@ TARGETS = ("target", "gt", "norain", "clear", "original", "sharp", "high", "clea
 def installed(name):
     """Path of a sample photo inside the installed scikit-image or Matplotlib, neither of which is imported."""
     for package, folder in (("skimage", "data"), ("matplotlib", "mpl-data/sample_data")):
-        path = Path(find_spec(package).origin).parent / folder / name
-        if path.is_file():
+        found = find_spec(package)
+        if found and (path := Path(found.origin).parent / folder / name).is_file():
             return path
     raise InputError(f"{name} is not inside the installed scikit-image or Matplotlib: install the pinned versions")
 
@@ -101,67 +102,68 @@ def load(path):
         raise InputError(f"{str(path)!r} cannot be used: {e}") from e
 
 
-@functools.lru_cache(maxsize=32)  # of 24 megapixels these take 2.3 GB, in each worker of a DataLoader
-def decode(path):
-    """As `load`, but uint8; the last ones are kept."""
-    return (load(path) * 255).round().byte()
-
-
 def check(groups, skip_bad, bad=()):
     """Groups of paths, such as pairs -> those whose photos are whole and of one size, and a sentence for each other.
 
-    bad: sentences that are there already. Raises InputError with the first five of all, unless `skip_bad`."""
+    Raises InputError with the first five sentences, those in `bad` too, unless `skip_bad`."""
     good, bad = [], [*bad]
-    shape = functools.cache(lambda path: load(path).shape)  # all of it is read: a cut file begins like a whole one
+    shape = functools.cache(lambda path: load(path).shape)  # all of it is read: a truncated file begins like a good one
     for group in tqdm(groups, "checking", delay=5, leave=False):
         try:
-            if len({shape(path) for path in group}) > 1:
-                raise InputError(", ".join(f"{str(p)!r} has {shape(p)[2]} x {shape(p)[1]} pixels" for p in group))
-            good.append(group)
+            if len({shape(path) for path in group}) == 1:
+                good.append(group)
+            else:
+                bad.append(", ".join(f"{str(p)!r} has {shape(p)[2]} x {shape(p)[1]} pixels" for p in group))
         except InputError as e:
             bad.append(str(e))
     if bad and not skip_bad:
         way = "mend them, or leave them out with --skip-bad (in Python skip_bad=True)"
-        raise InputError(f"{len(bad)} photos or pairs cannot be used: {'; '.join(bad[:5])}: {way}")
+        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise InputError(f"{len(bad)} photos or pairs cannot be used: {'; '.join(bad[:5])}{more}: {way}")
     return good, bad
 
 
-def below(source, empty=False):
-    """A folder, or a list of paths -> path: its folder below the source, "." for the source itself."""
-    if isinstance(source, Name):
-        return {path: path.relative_to(source).parent.as_posix() for path in photos.find(source, empty)}
-    return {Path(path): "." for path in source}
+def spellings(stem):
+    """Names that a target may have: `norain-1` for the input `rain-1`, `0_clean` for `0_rain`, `01` for `01_0.8`."""
+    yield from (stem, stem.replace("rain", "norain"), stem.replace("rain", "clean"))
+    while "_" in stem:
+        stem = stem.rpartition("_")[0]
+        yield stem
 
 
 def by_name(inputs, targets):
-    """Pair inputs with targets, both as from `below`: a list of (input, target), and a sentence for each input left.
+    """Pair inputs with targets, both path -> its folder: a list of (input, target), and a sentence for each input left.
 
-    The target of `1_rain` may be called so too, or `1_norain`, `1_clean` or `1`. It lies in the folder of the same
-    name, at the top, or in RESIDE's `clear_images`. Raises InputError for a photo that is both."""
+    A target lies in the folder of the same name, or at the top. Raises InputError for a photo that is both."""
     if both := sorted(inputs.keys() & targets.keys()):
         raise InputError(f"{str(both[0])!r} is among inputs and targets: name two folders, neither inside the other")
+    apart = len({path.stem for path in inputs}) == len(inputs) or len({*inputs.values()}) == 1
+    if apart and len({*targets.values()}) == 1 and not {*targets.values()} & {*inputs.values()}:
+        targets = dict.fromkeys(targets, ".")  # such as clear/clear_images
 
     def plain(path):  # systems differ in case, and in how they write an accent
         return unicodedata.normalize("NFC", path.stem).casefold()
 
-    named, pairs, left = defaultdict(list), [], []
+    named, pairs, left, taken = {}, [], [], {(folder, plain(path)) for path, folder in inputs.items()}
     for path, folder in targets.items():
-        named[folder, plain(path)].append(path)
-    taken = {(folder, plain(path)) for path, folder in inputs.items()}
+        named.setdefault((folder, plain(path)), []).append(path)
     for path, folder in inputs.items():
-        stem, parts = plain(path), plain(path).split("_")
-        others = [stem.replace("rain", "norain"), stem.replace("rain", "clean")]
-        others += ["_".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
-        # the target `1` is not that of `1_2` where there is an input `1`: half of a copy must not pair wrongly
-        stems = [stem, *(other for other in others if (folder, other) not in taken)]
-        places = [(place, stem) for place in (folder, ".", "clear_images") for stem in stems]
+        stems = [s for s in spellings(plain(path)) if s == plain(path) or (folder, s) not in taken]
+        places = [(place, stem) for place in (folder, ".") for stem in stems]
         found = next((named[place] for place in places if place in named), [])
         found = [target for target in found if target.stem == path.stem] or found
         if len(found) == 1:
             pairs.append((path, *found))
         else:
-            left.append(f"{str(path)!r} has {len(found) or 'no'} targets of its name in {folder!r} or at the top")
+            left.append(f"{str(path)!r} has {len(found) or 'no'} targets of its name")
     return pairs, left
+
+
+def below(source, empty=False):
+    """A folder, or a list of paths -> path: its folder below the source."""
+    if isinstance(source, Name):
+        return {path: path.relative_to(source).parent.as_posix() for path in photos.find(source, empty)}
+    return {Path(path): "." for path in source}
 
 
 def halves(names, inputs=INPUTS):
@@ -170,36 +172,44 @@ def halves(names, inputs=INPUTS):
     return [next((known[name] for name in half if name in known), "") for half in (inputs, TARGETS)]
 
 
+def clean_photos(folder):
+    """The photos in a folder. Raises InputError where it holds pairs: half of them are damaged."""
+    found = photos.find(folder)
+    for place, folders, _ in photos.walk(folder):
+        x, y = (str(place / name) if name else "" for name in halves(folders, (*INPUTS, "noisy")))
+        if x and y:
+            way = f"pass --pairs {x!r} {y!r} (in Python data.Pairs), or as clean photos {y!r} alone"
+            raise InputError(f"{str(place)!r} holds pairs, not only clean photos: {way}")
+    return found
+
+
 # ---------------------------------------------------------------------------------------- crops and batches
 class Images:
     """Clean images, and pairs on disk where there are any, from which `batch` and `Degraded` take crops.
 
     source: None for the embedded images, half of the crops from photos and half from dead leaves; or a folder of
         photos; or a list of H x W x 3 arrays or of paths. leaves, seed: how many dead leaves, and which.
+    cache: bytes of decoded photos kept in memory. skip_bad: leave out what cannot be used; `left_out` says why.
     pairs: for columns whose degradation is on disk and not made here, column -> list of (degraded, clean) paths.
-    skip_bad: leave out what cannot be used; `left_out` says why. unpaired: what `by_name` says of inputs left.
-    Raises InputError, which names what cannot be used; and where the folder holds pairs."""
+    unpaired: sentences on files that found no partner, see `by_name`; they count as what cannot be used.
+    Raises InputError, which names all that cannot be used; and where the folder holds pairs."""
 
-    def __init__(self, source=None, leaves=48, seed=0, pairs=None, skip_bad=False, unpaired=()):
-        self.depths, self.pairs = {}, {}  # number of an image -> its distance; column -> pairs
+    def __init__(self, source=None, leaves=48, seed=0, cache=2**31, pairs=None, skip_bad=False, unpaired=()):
+        self.cache, self.kept, self.depths = cache, {}, {}
+        self.given = {c: [tuple(map(Path, p)) for p in some] for c, some in (pairs or {}).items() if some}
         if source is None:
             self.depths[TRAINING.index("motorcycle_left.png")] = motorcycle_distance()
             source = [*map(installed, TRAINING), *dead_leaves(leaves, seed=seed).permute(0, 2, 3, 1).numpy()]
         elif isinstance(source, Name):
-            for place, folders, _ in photos.walk(source):
-                if all(found := halves(folders, (*INPUTS, "noisy"))):  # to train on damaged photos would go unnoticed
-                    way = "pass both with --pairs (in Python data.Pairs), or the clean ones alone"
-                    raise InputError(f"{str(place)!r} has pairs in {' and '.join(found)}, not only clean photos: {way}")
-            source = photos.find(source)
-        decode.cache_clear()  # files may have changed
-        files = [(Path(image),) for image in source if isinstance(image, Name)]
-        arrays = [photos.to_tensor(np.asarray(image))[0] for image in source if not isinstance(image, Name)]
-        files, self.left_out = check(files, skip_bad, unpaired)
-        self.sources = [path for (path,) in files] + [(t * 255).round().byte().numpy() for t in arrays]
-        self.photos = len(files)
-        for column, some in (pairs or {}).items():
-            self.pairs[column], bad = check([tuple(map(Path, pair)) for pair in some], skip_bad)
-            self.left_out += bad
+            source = clean_photos(source)
+        files = [Path(image) for image in source if isinstance(image, Name)]
+        arrays = [np.asarray(image) for image in source if not isinstance(image, Name)]
+        good, self.left_out = check([(path,) for path in files] + sum(self.given.values(), []), skip_bad, unpaired)
+        good = {*good}
+        files = [path for path in files if (path,) in good]
+        self.pairs = {column: [pair for pair in some if pair in good] for column, some in self.given.items()}
+        made = [(photos.to_tensor(array)[0] * 255).round().byte().numpy() for array in arrays]
+        self.sources, self.photos = files + made, len(files)
         for kind, some in {"images": self.sources, **self.pairs}.items():
             if not some:
                 raise InputError(f"no photos for {kind}: {'; '.join(self.left_out) or 'the list is empty'}")
@@ -207,15 +217,29 @@ class Images:
     def __len__(self):
         return len(self.sources)
 
+    def __getstate__(self):  # each worker of a DataLoader has a cache of its own
+        return self.__dict__ | dict(kept={})
+
     def names(self):
         """What tells these images from others, so that a resumed training finds the images that it began with."""
         files, arrays = self.sources[: self.photos], self.sources[self.photos :]
         names = [f"{path.name}, {path.stat().st_size} bytes" for path in files]
         names += [f"{array.shape}, crc {zlib.crc32(array.tobytes())}" for array in arrays]
-        for column, pairs in self.pairs.items():
+        for column, pairs in self.given.items():
             crc = zlib.crc32("".join(path.name for pair in pairs for path in pair).encode())
             names.append(f"{column}: {len(pairs)} pairs, crc {crc}")
         return names
+
+    def decode(self, source):
+        """An image as uint8 (3, H, W)."""
+        if not isinstance(source, Path):
+            return torch.from_numpy(source)
+        if source in self.kept:
+            return self.kept[source]
+        image = (load(source) * 255).round().byte()
+        if image.numel() + sum(map(torch.numel, self.kept.values())) <= self.cache:
+            self.kept[source] = image
+        return image
 
     def crop(self, size, g, i=None):
         """A random crop of image i, None for any, turned and flipped: uint8 (3, size, size), and its distance."""
@@ -224,9 +248,13 @@ class Images:
             if 0 < self.photos < len(self):  # photos as often as dead leaves
                 first, last = [(0, self.photos), (self.photos, last)][int(torch.randint(2, (), generator=g))]
             i = int(torch.randint(first, last, (), generator=g))
-        image = self.sources[i]
-        image = decode(image) if isinstance(image, Path) else torch.from_numpy(image)
+        image = self.decode(self.sources[i])
         return cut([image, self.depths.get(i, torch.full((1, *image.shape[1:]), torch.nan))], size, g)
+
+    def pair(self, column, size, g):
+        """A random crop of a pair on disk, both turned and flipped alike: degraded and clean, uint8 (3, size, size)."""
+        i = int(torch.randint(len(self.pairs[column]), (), generator=g))
+        return cut([self.decode(path) for path in self.pairs[column][i]], size, g)
 
 
 def cut(images, size, g):
@@ -240,6 +268,7 @@ def cut(images, size, g):
 
 
 AS_IT_IS = ("clean", "jpeg", "noise", "grain", "camera")  # of "everyday": the target may be dark or flat
+EXTRA = {"everyday": (0.15, 0.15)}  # shares of crops: JPEG afterwards, degraded only in part
 
 
 def batch(
@@ -253,35 +282,35 @@ def batch(
     y + s (x - y) with s uniform in (0, 1): a network that saw only bad photos spoils good ones. "everyday" has a share
     of its own, spares columns that keep the target (`AS_IT_IS`), varies the tone, and compresses some.
     which: number of the image that all crops come from; None for any."""
-    check_suite(suite, shares or {})
+    check_suite(suite, shares or ())
     g = generator(hash_seed(seed, step))
     crops, depths = zip(*(images.crop(crop_size, g, which) for _ in range(batch_size)))
+    shares = SHARES[suite] | (shares or {})
+    *ends, total = itertools.accumulate(shares.values())
+    drawn = torch.randint(total, (batch_size,), generator=g).tolist()
+    columns = [[*shares][bisect.bisect(ends, i)] for i in drawn]
     x, y, depths = torch.stack(crops), torch.stack(crops), torch.stack(depths).to(device)
-    names = [column for column, share in (SHARES[suite] | (shares or {})).items() for _ in range(share)]
-    columns = [names[i] for i in torch.randint(len(names), (batch_size,), generator=g).tolist()]
+    made = [i for i, column in enumerate(columns) if column not in images.pairs]
     for i, column in enumerate(columns):
         if column in images.pairs:
-            pairs = images.pairs[column]
-            pair = pairs[int(torch.randint(len(pairs), (), generator=g))]
-            x[i], y[i] = cut([decode(path) for path in pair], crop_size, g)  # both alike
+            x[i], y[i] = images.pair(column, crop_size, g)
     x, y = (t.to(device).float() / 255 for t in (x, y))
 
-    g, everyday = generator(hash_seed(seed, step, 1), device), suite == "everyday"
-    made = [i for i, column in enumerate(columns) if column not in images.pairs]
-    spared = [everyday and column in AS_IT_IS for column in columns]
-    if everyday:
+    g = generator(hash_seed(seed, step, 1), device)
+    jpeg_share, mild_share = EXTRA.get(suite, (0.0, 0.0))
+    if suite in EXTRA:
         y[made] = fade(y[made], generator(hash_seed(seed, step, 5), device))
-        varied = [i for i in made if spared[i]]
-        y[varied] = vary_tone(y[varied], g)
+    as_it_is = AS_IT_IS if suite in EXTRA else ()
+    varied = [i for i in made if columns[i] in as_it_is]
+    y[varied] = vary_tone(y[varied], g)
     x[made] = degrade(y[made], g, suite, [columns[i] for i in made], depths[made])
-    if everyday:
-        chance = torch.rand(len(made), generator=g, device=device).tolist()
-        again = [i for i, u in zip(made, chance) if u < 0.15 and columns[i] not in ("clean", "jpeg")]
-        x[again] = jpeg(x[again], g)
+    chance = torch.rand(len(made), generator=g, device=device).tolist()
+    again = [i for i, u in zip(made, chance) if u < jpeg_share and columns[i] not in ("clean", "jpeg")]
+    x[again] = jpeg(x[again], g)
 
     u, s = torch.rand(2, batch_size, 1, 1, 1, generator=generator(hash_seed(seed, step, 2))).to(device)
-    spared = torch.tensor(spared, device=device)[:, None, None, None]
-    return torch.where((u < (mild or 0.15 * everyday)) & ~spared, y + s * (x - y), x), y, columns
+    spared = torch.tensor([column in as_it_is for column in columns], device=device)[:, None, None, None]
+    return torch.where((u < (mild or mild_share)) & ~spared, y + s * (x - y), x), y, columns
 
 
 def fade(y, g):
@@ -334,6 +363,9 @@ class Seeded(Dataset):
     def __len__(self):
         return len(self.items)
 
+    def __getitem__(self, i):
+        return self.item(range(len(self))[i], hash_seed(self.seed, self.epoch))
+
 
 class Degraded(Seeded):
     """Crops of clean images, degraded by a random column of a suite: (x, y), float (3, crop_size, crop_size) in [0, 1].
@@ -345,8 +377,8 @@ class Degraded(Seeded):
         self.items, self.seed = images if isinstance(images, Images) else Images(images), seed
         self.options = dict(suite=suite, crop_size=crop_size, mild=mild, batch_size=1)
 
-    def __getitem__(self, i):
-        x, y, _ = batch(self.items, i, seed=hash_seed(self.seed, self.epoch), which=i, **self.options)
+    def item(self, i, seed):
+        x, y, _ = batch(self.items, i, seed=seed, which=i, **self.options)
         return x[0], y[0]
 
 
@@ -363,8 +395,6 @@ class Pairs(Seeded):
         if not self.items:
             raise InputError(f"no photos for pairs: {'; '.join(self.left_out) or 'the lists are empty'}")
 
-    def __getitem__(self, i):
+    def item(self, i, seed):
         both = [load(path) for path in self.items[i]]
-        if self.crop_size:
-            both = cut(both, self.crop_size, generator(hash_seed(hash_seed(self.seed, self.epoch), i)))
-        return tuple(both)
+        return tuple(cut(both, self.crop_size, generator(hash_seed(seed, i))) if self.crop_size else both)

@@ -248,14 +248,19 @@ SHARES["everyday"] |= dict(grain=30, camera=14, hazy=56, streaks=44, shake=12, d
 
 
 def check_suite(suite, shares=()):
-    """Raises InputError for an unknown suite, and for shares of unknown columns or from which nothing can be drawn."""
+    """Raises InputError where there is no such suite, or shares are none of its columns', or no whole numbers."""
     if suite not in SUITES:
         raise InputError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
+    if suite not in COLUMNS or suite not in SHARES:
+        wanted = "in degrade.COLUMNS, column -> its steps, and in degrade.SHARES, column -> 1"
+        raise InputError(f"suite {suite!r} is in degrade.SUITES alone: enter it {wanted}")
     if strange := sorted({*shares} - {*COLUMNS[suite]}):
         raise InputError(f"shares of {', '.join(map(repr, strange))}: suite {suite!r} has {', '.join(COLUMNS[suite])}")
-    numbers = (SHARES[suite] | dict(shares)).values()
-    if not any(numbers) or any(not isinstance(n, int) or n < 0 for n in numbers):
-        raise InputError(f"shares must be whole numbers from 0 on, and not all 0: change {dict(shares)}")
+    shares = SHARES[suite] | dict(shares)
+    if bad := [f"{name}={n!r}" for name, n in shares.items() if not (isinstance(n, int) and n >= 0)]:
+        raise InputError(f"shares must be whole numbers from 0 on, not {', '.join(bad)}")
+    if not any(shares.values()):
+        raise InputError(f"the shares of all columns of suite {suite!r} are 0: nothing is left to train on")
 
 
 def degrade(x, g, suite, columns, depth=None):

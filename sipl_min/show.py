@@ -1,6 +1,9 @@
 """Figures, as the demo and the notebooks draw them: rows of labelled images, error maps, bars of gains."""
 
+from itertools import zip_longest
+
 import numpy as np
+import torch
 from matplotlib import pyplot as plt
 
 from .evaluate import average, psnr, ssim
@@ -8,24 +11,28 @@ from .files import atomic_write
 
 
 def picture(image):
-    """A tensor (1, C, H, W), (C, H, W) or (H, W) -> an array for `imshow`; images are clamped to [0, 1]."""
+    """A tensor (1, C, H, W), (C, H, W) or (H, W), or an array, as something `imshow` takes; clamped to [0, 1]."""
+    if not isinstance(image, torch.Tensor):
+        return image
     image = image.detach().float().cpu()
-    if image.ndim == 2:
-        return image.numpy()
-    return image.reshape(image.shape[-3:]).permute(1, 2, 0).clamp(0, 1).numpy().squeeze()
+    image = image[0] if image.ndim == 4 else image
+    return image.permute(1, 2, 0).clamp(0, 1).numpy().squeeze() if image.ndim == 3 else image.numpy()
 
 
 def panels(rows, width=2.2, top=0.3):
-    """Draw a grid of images. rows: lists of (title, image) or (title, image, text below), which may differ in length.
+    """Draw a grid of images. rows: lists of (title, image) or (title, image, text below); None leaves a place empty.
 
     Images are as in `picture`; two-dimensional ones are maps, in color from 0 to `top`. width: inches of a column."""
-    columns = max(map(len, rows))
-    heights = [width * row[0][1].shape[-2] / row[0][1].shape[-1] + 0.38 for row in rows]
+    columns = max(len(row) for row in rows)
+    shapes = [picture(next(item for item in row if item)[1]).shape for row in rows]
+    heights = [width * shape[0] / shape[1] + 0.38 for shape in shapes]
     figure = plt.figure(figsize=(width * columns, sum(heights)), layout="constrained")
     for line, row in zip(figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights), rows):
-        for ax in line:
+        for ax, item in zip_longest(line, row):
             ax.axis("off")
-        for ax, (title, image, *below) in zip(line, row):
+            if item is None:
+                continue
+            title, image, *below = item
             ax.imshow(picture(image), cmap="inferno", vmin=0, vmax=top)  # colored images stay as they are
             ax.set_title(title, fontsize=8)
             ax.text(0.5, -0.03, "".join(below), transform=ax.transAxes, ha="center", va="top", fontsize=8)
@@ -38,12 +45,13 @@ def estimates_row(x, estimates, y, name):
     def score(image):
         return f"{psnr(image, y):.2f} dB, {ssim(image, y):.3f}"
 
+    def error(image):  # mean over colors, (H, W)
+        return (image.clamp(0, 1) - y).abs().mean((0, 1))
+
     row = [(name, x, score(x))]
     row += [(rf"$\hat y_{{{t}}}$", e, score(e)) for t, e in enumerate(estimates)]
     row += [("clean", y)]
-    for t in sorted({0, len(estimates) - 1}):
-        error = (estimates[t].clamp(0, 1) - y).abs().mean((0, 1))  # mean over colors, (H, W)
-        row.append((rf"$|\hat y_{{{t}}} - y|$", error))
+    row += [(rf"$|\hat y_{{{t}}} - y|$", error(estimates[t])) for t in sorted({0, len(estimates) - 1})]
     return row
 
 

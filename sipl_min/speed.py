@@ -5,12 +5,14 @@ The same work as released (norms and attention matrices written out, the whole n
 one. Ratios are to the first variant and dtype asked for. With --output, what is in the file is not measured again."""
 
 import argparse
+import contextlib
 import re
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from time import perf_counter
 
@@ -133,10 +135,30 @@ def resident(name):
     return int(re.search(rf"{name}:\s+(\d+)", STATUS.read_text(encoding="utf-8"))[1]) * 1024 / 1e6
 
 
+@contextlib.contextmanager
+def without_ctrl_c():
+    """Ctrl-C waits for the end of the block, and never reaches a process that begins in it (on Windows it does)."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def alone(function, *args):
     """function(*args) in a new process, which remembers no earlier work."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+        try:
+            with without_ctrl_c():
+                future = pool.submit(function, *args)
+            return future.result()
+        except KeyboardInterrupt:
+            for process in active_children():
+                process.kill()
+            raise
 
 
 def measure(rows, work, kinds, repeats, device):
@@ -167,6 +189,8 @@ def main(arguments=None):
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there)")
     parser.add_argument("--output", help="a CSV file; what it holds is not measured again")
     options = parser.parse_args(arguments)
+    if options.repeats < 1 or min(options.sizes) < 16:
+        parser.error("--repeats must be at least 1, and --sizes at least 16")
     kinds = list(product(options.variants, options.dtypes))
 
     def compare():

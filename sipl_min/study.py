@@ -195,6 +195,8 @@ def run(question, folder, images=None, test=None, weights=(), seeds=3, num_steps
 
     images, test: folders of photos; None takes the embedded ones. weights: names or files to measure instead.
     Raises InputError for weights without the loop that is asked about, and for a folder of another run."""
+    if min(seeds, photos, size) < 1:
+        raise InputError(f"seeds={seeds}, photos={photos} and size={size} must be 1 or more")
     folder, (measure, arms) = Path(folder), QUESTIONS[question]
     tests = {p.relative_to(test).as_posix(): read(p) for p in find(test)[:photos]} if test else held_out()
     tests = {name: center(photo, size) for name, photo in [*tests.items()][:photos]}

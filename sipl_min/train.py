@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from . import weights
-from .data import Images, Pairs, batch, hash_seed
+from .data import Images, batch, hash_seed
 from .degrade import COLUMNS, SHARES, check_suite, generator
 from .fast import FAST, accelerate
 from .files import InputError, Name, atomic_write
@@ -122,22 +122,30 @@ class Options:
     command: str = ""  # noted in the weight file
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            setattr(self, name, value.item() if hasattr(value, "item") else value)  # NumPy's numbers fit no checkpoint
+        self.shares = dict(self.shares)
+        for values in (vars(self), self.shares):  # NumPy's numbers fit no checkpoint
+            values |= {name: n.item() for name, n in values.items() if hasattr(n, "item")}
+        for name, kind in Options.__annotations__.items():
+            if kind in (int, float) and not isinstance(getattr(self, name), int | kind):
+                raise InputError(f"{name}={getattr(self, name)!r} must be a {'whole ' * (kind is int)}number")
         for name in ("num_steps", "batch_size", "crop_size", "lr", "grad_clip", "accumulate", *SAVING):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)!r} must be a positive number")
         for name in ("ema", "mild", "window", "seed", "warmup", "weight_decay", "decibels"):
-            if not 0 <= getattr(self, name) < (1 if name == "ema" else math.inf):
-                raise InputError(f"{name}={getattr(self, name)!r} must be 0 or more, and ema less than 1")
+            value, most = getattr(self, name), 1 if name in ("ema", "mild") else math.inf
+            if not 0 <= value <= most or (name, value) == ("ema", 1):
+                wanted = "0 or more" if most > 1 else "from 0 to 1" + ", less than 1" * (name == "ema")
+                raise InputError(f"{name}={value!r} must be {wanted}")
 
 
+FILES = ("checkpoint.pt", "model.safetensors", "log.csv")  # of a training
 SAVING = ("save_every", "save_minutes", "validate_every")
 # What may be another when a training goes on: it changes no number, or somebody has a reason.
 FREE = (*SAVING, "num_steps", "lr", "grad_clip", "accumulate", "processes", "num_workers", "autocast")
 
 # The authors' schedule is not published. "paper" is PromptIR's: 150 epochs of some 4,400 batches, warm-up in a tenth.
-PAPER_SCHEDULE = dict(num_steps=660_000, batch_size=32, crop_size=128, lr=2e-4, warmup=66_000, save_every=1000)
+SCHEDULES = {"nano": {}, "small": {}}
+SCHEDULES["paper"] = dict(num_steps=660_000, batch_size=32, crop_size=128, lr=2e-4, warmup=66_000, save_every=1000)
 
 
 def finetune_options(model: SIPL, start: str = "", recipe: str | Callable | None = None) -> dict[str, Any]:
@@ -150,7 +158,7 @@ def finetune_options(model: SIPL, start: str = "", recipe: str | Callable | None
         options["decibels"] = about.get("decibels", 0.0)
     if about.get("suite") in COLUMNS:
         options["suite"] = about["suite"]
-    if about.get("recipe") in RECIPES:
+    if about.get("recipe") in RECIPES and needs_fusion(about["recipe"]) == bool(model.fusion):
         options["recipe"] = about["recipe"]
     if "window" in about and recipe in (None, "overview"):
         options |= dict(window=about["window"], crop_size=3 * about["window"])
@@ -196,22 +204,21 @@ def fit(
     Raises InputError for what cannot work, and for a checkpoint of another training; and FloatingPointError, which
     names the step, where loss or gradient is not finite, before that reaches a weight or a checkpoint."""
     folder = None if folder is None else Path(folder)
-    state = read_checkpoint(folder, model) if folder else None
-    before = state["run"] if state else finetune_options(model, options.get("start"), recipe)
-    o = Options(**{name: before[name] for name in Options.__annotations__ if name in before} | options)
-    usual = before.get("recipe") if before.get("recipe") in RECIPES else None
-    recipe, label = find_recipe(recipe or usual, model)
-    data = find_data(data, o, options)
-    run = describe(model, label, data, o)
-    first, log = (state["step"], state["log"]) if state else (0, [])
-    changes = compare(folder / "checkpoint.pt", state, run) if state else ""
+    fresh = dict(run=finetune_options(model, options.get("start"), recipe), step=0, log=[])
+    state = (read_checkpoint(folder, model) if folder else None) or fresh
+    first, log = state["step"], state["log"]
+    o, recipe, data, run = settle(model, data, recipe, state["run"], options)
+    changes = compare(folder, state, run) if first else ""
+    if isinstance(data, Images):
+        check_suite(o.suite, o.shares)
     device, (rank, world) = pick_device(device), ranks()
     if folder and rank == 0:
-        begin(folder, log)
+        clear(folder, log)
         print(changes, end="")
     if rank == 0 and progress and not first and o.trained:
-        gentle = ", ".join(f"{name}={getattr(o, name)}" for name in ("lr", "warmup", "ema", "decibels", "batch_size"))
-        print(f"fine-tuning weights with {o.trained} steps behind them: recipe={label}, {gentle}")
+        names = ("lr", "warmup", "ema", "decibels", "batch_size", "crop_size")
+        gentle = ", ".join(f"{name}={getattr(o, name)}" for name in names)
+        print(f"fine-tuning weights with {o.trained} steps behind them: recipe={run['recipe']}, {gentle}")
 
     was_fast = any(type(module) in FAST.values() for module in model.modules())
     accelerate(model.to(device).train())  # channels last, also where gradients are recorded
@@ -227,15 +234,15 @@ def fit(
         model.about = result.about = model.about | dict(num_steps=o.trained + step)
         if folder and rank == 0:
             save_checkpoint(folder, result, log, parts, run=run, step=step, about=model.about)
-        return monotonic()
+        return step, monotonic()
 
-    saved_at = monotonic()
+    saved, saved_at = first, monotonic()
     source = batches(data, first, o, device, overview=recipe is overview)
     bar = tqdm(range(first, o.num_steps), initial=first, total=o.num_steps, disable=not progress or rank, unit="step")
     with patient() as asked, contextlib.ExitStack() as behind:
         for end in (source.close, model.eval, partial(accelerate, model, was_fast)):
             behind.callback(end)
-        if state:
+        if first:
             load_parts(parts, state, folder)
         model.about = result.about = about_weights(model, data, run)  # now: `validate` may ask for it
         for step, (x, y) in zip(bar, source):
@@ -248,8 +255,8 @@ def fit(
             loss, psnr, norm, stopping = totals.tolist()  # the one moment when the processor waits for the device
             if not math.isfinite(loss + norm):
                 what = f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite at step {step}"
-                advice = "and call again, or begin in another folder if that stops here, too"
-                raise FloatingPointError(f"{what}: lower lr={o.lr} or grad_clip={o.grad_clip}, {advice}")
+                again = "begin in another folder" if folder and 0 < saved == step else "call again"
+                raise FloatingPointError(f"{what}: lower lr={o.lr} or grad_clip={o.grad_clip}, and {again}")
             optimizer.step()
             if average:
                 average.update_parameters(model)
@@ -258,7 +265,7 @@ def fit(
                 log[-1] |= {name: float(v) for name, v in validate(copy.deepcopy(result).eval()).items()}
             bar.set_postfix(loss=f"{loss:.4f}", psnr=f"{psnr:.2f} dB", refresh=False)
             if stopping or (step + 1) % o.save_every == 0 or monotonic() - saved_at > 60 * o.save_minutes:
-                saved_at = save(step + 1)
+                saved, saved_at = save(step + 1)
             if stopping:
                 bar.close()
                 model.load_state_dict(result.state_dict())
@@ -266,6 +273,35 @@ def fit(
     save(o.num_steps)
     model.load_state_dict(result.state_dict())
     return log
+
+
+def settle(model, data, recipe, before, given):
+    """All that is decided before a training begins: its `Options`, recipe, data, and what `describe` says of them.
+
+    given: options of the call; `before` stands for what is not given."""
+    for name in given:
+        known("option", name, Options.__annotations__)
+    o = Options(**{name: before[name] for name in Options.__annotations__ if name in before} | given)
+    recipe, label = find_recipe(recipe, before, model)
+    data = find_data(data, o, given)
+    size = o.crop_size if isinstance(data, Images) else getattr(data, "crop_size", None)
+    if recipe is overview and not 0 < o.window < (size or math.inf):
+        raise InputError("recipe 'overview' needs --window, and a larger --crop-size: e.g. window=64, crop_size=192")
+    if size and o.window > size:  # of other data, found out at the first batch
+        raise InputError(f"window={o.window} is larger than the crops: pass a larger crop_size than {size}")
+    return o, recipe, data, describe(model, label, data, o)
+
+
+def about_weights(model, data, run):
+    """What a weight file tells of its training, beside the number of steps."""
+    about, recipe = getattr(model, "about", {}), run["recipe"]
+    if about.get("recipe", recipe) != recipe:  # T and windows were of that
+        about = {name: v for name, v in about.items() if name not in ("steps", "window")}
+    new = dict(recipe=recipe, command=run["command"], decibels=run["decibels"])
+    new |= dict(window=run["window"]) if recipe == "overview" else {}
+    new |= dict(suite=run["suite"]) if isinstance(data, Images) else {}
+    new |= dict(images=len(data)) if isinstance(data, Images | Dataset) else {}
+    return {name: v for name, v in about.items() if name not in new} | {name: v for name, v in new.items() if v}
 
 
 class Step(nn.Module):
@@ -280,7 +316,11 @@ class Step(nn.Module):
         # no cache: a weight cast inside no_grad would be remembered without its gradient
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
             estimates = self.recipe(self.model, x, y)
-        estimates = torch.stack([estimates] if isinstance(estimates, torch.Tensor) else list(estimates))
+        estimates = [estimates] if isinstance(estimates, torch.Tensor) else estimates
+        several = isinstance(estimates, list | tuple) and estimates
+        if not several or any(getattr(e, "shape", None) != y.shape for e in estimates):
+            raise InputError("a recipe must return an estimate of y, a tensor of its shape, or a list of them")
+        estimates = torch.stack(list(estimates))
         loss = F.l1_loss(estimates.float(), y.expand_as(estimates))
         if self.decibels:  # counted up to 50 dB
             loss = loss + self.decibels * 10 * ((estimates.float() - y).square().mean((2, 3, 4)) + 1e-5).log10().mean()
@@ -319,11 +359,13 @@ def patient():
 
 
 # ------------------------------------------------------------------------------------------- recipe, data, devices
-def find_recipe(recipe, model):
+def find_recipe(recipe, before, model):
     """The function of a recipe, and its name. Raises InputError where the model does not fit it."""
     if callable(recipe):
         return recipe, getattr(recipe, "__name__", type(recipe).__name__)
-    recipe = recipe or ("authors" if model.fusion else "backbone")
+    if recipe is None:
+        usual = "authors" if model.fusion else "backbone"
+        recipe = before.get("recipe") if before.get("recipe") in RECIPES else usual
     if needs_fusion(known("recipe", recipe, RECIPES)) < bool(model.fusion):
         way = "recipe=lambda model, x, y: model.net(x)" if hasattr(model, "net") else "fusion=False, or nano-backbone"
         raise InputError(f"recipe {recipe!r} needs a model without Proxy Fusion: {way}")
@@ -337,75 +379,78 @@ def needs_fusion(recipe):
 
 
 def find_data(data, o, given):
-    """`Images` of what stands for images; whole `Pairs` as crops of them; any other data set as it is."""
+    """`Images` of what stands for images; anything else as it is."""
     if data is None or isinstance(data, Name | list | tuple):
         data = Images(data, seed=o.seed)
     if isinstance(data, Images):
-        check_suite(o.suite, given.get("shares", ()))
+        check_suite(o.suite)
         o.shares = SHARES[o.suite] | o.shares  # so that a checkpoint has them, and goes on with them
         if strange := sorted({*data.pairs} - {*COLUMNS[o.suite]}):
             raise InputError(f"there are pairs of {', '.join(strange)}, not in suite {o.suite!r}: pass one that has it")
     elif wrong := sorted({"shares", "suite", "mild"} & {name for name in given if given[name]}):
         raise InputError(f"{', '.join(wrong)}: of degradations, which pairs bring along: leave that out")
-    elif isinstance(data, Dataset) and not len(data):
-        raise InputError(f"the data set {type(data).__name__} is empty: pass another one")
-    elif isinstance(data, Pairs) and not data.crop_size:
-        data = copy.copy(data)
-        data.crop_size, data.seed = o.crop_size, o.seed
+    elif isinstance(data, Dataset) and not (hasattr(data, "__len__") and len(data)):
+        raise InputError(f"the data set {type(data).__name__} is empty or has no length: pass a DataLoader of it")
     return data
 
 
 def batches(data, first, o, device, overview=False):
     """Yield x, y (B, 3, H, W) on the device, from step `first` on. overview: as in `cut`."""
+    seeds = (hash_seed(o.seed, step, 3) for step in itertools.count(first))
+    torch.manual_seed(seed := next(seeds))  # for data sets that draw random numbers
     pin = o.num_workers > 0 and device.type == "cuda"
     load = partial(DataLoader, num_workers=o.num_workers, pin_memory=pin, worker_init_fn=leave_interrupts)
     if isinstance(data, Images):
-        options = {name: getattr(o, name) for name in ("suite", "crop_size", "batch_size", "seed", "mild", "shares")}
+        options = dict(suite=o.suite, crop_size=o.crop_size, batch_size=o.batch_size, seed=o.seed)
+        options |= dict(mild=o.mild, shares=o.shares)
         make = partial(batch, data, device="cpu" if o.num_workers else device, **options)
-        found = iter(load(range(first, o.num_steps), batch_size=None, collate_fn=make))  # step -> its batch
+        epochs = [load(range(first, o.num_steps), batch_size=None, collate_fn=make)]  # step -> its batch
     else:
-        found = in_order(data, first, o, load) if isinstance(data, Dataset) else again_and_again(data)
-    for step in range(first, o.num_steps):
-        torch.manual_seed(hash_seed(o.seed, step, 3))  # for data sets that draw random numbers
-        x, y, *_ = next(found)
-        if not isinstance(data, Images):
-            check_batch(x, y)
-        torch.manual_seed(hash_seed(o.seed, step, 3))  # for recipes and layers: a DataLoader that begins draws one, too
-        yield cut(*(t.to(device, torch.float32, non_blocking=True) for t in (x, y)), o.window, overview)
+        epochs = in_order(data, first, o, load) if isinstance(data, Dataset) else again_and_again(data)
+    for epoch in epochs:
+        x = None
+        for item in epoch:
+            x, y = item[:2] if isinstance(data, Images) else checked(item)
+            torch.manual_seed(seed)  # for recipes and layers: a DataLoader that begins draws one, too
+            yield cut(x.to(device, non_blocking=True), y.to(device, non_blocking=True), o.window, overview)
+            torch.manual_seed(seed := next(seeds))
+        if x is None:
+            raise InputError("there are no more batches: pass what can be gone through again, such as a DataLoader")
 
 
-def in_order(data, first, o, load):
-    """Batches of a data set, epoch by epoch, each in an order of its own that follows from the seed."""
-    per_epoch = max(len(data) // o.batch_size, 1)
-    for epoch in itertools.count(first // per_epoch):
-        if hasattr(data, "set_epoch"):
-            data.set_epoch(epoch)
-        g = generator(hash_seed(o.seed, epoch, 4))
-        order = [indices.tolist() for indices in torch.randperm(len(data), generator=g).split(o.batch_size)]
-        skipped = max(first - epoch * per_epoch, 0)
-        yield from load(data, batch_sampler=order[skipped:per_epoch], generator=g)
+def checked(item):
+    """A batch of data that is not ours: x, y in float32. Raises InputError where it is no batch of images."""
+    x, y = item[:2] if isinstance(item, list | tuple) and len(item) > 1 else (item, None)
+    if not all(isinstance(t, torch.Tensor) and t.ndim == 4 and t.shape[1] == 3 for t in (x, y)):
+        found = " and ".join(str(tuple(getattr(t, "shape", ())) or type(t).__name__) for t in (x, y))
+        raise InputError(f"a batch must be two tensors (B, 3, H, W), degraded and clean images, not {found}")
+    x, y = x.float(), y.float()
+    if not 0 <= y.min() <= y.max() <= 1:
+        raise InputError(f"clean images must have values in [0, 1], not {y.min():.6g} to {y.max():.6g}: scale or clamp")
+    if not x.abs().max() <= 10:  # noise may leave [0, 1]; this is 0..255, or not finite
+        raise InputError(f"degraded images must have values around [0, 1], not up to {x.abs().max():.3g}")
+    return x, y
 
 
-def check_batch(x, y):
-    """Raise InputError where somebody's data would be learned from and mean something else."""
-    shapes = [getattr(t, "shape", type(t).__name__) for t in (x, y)]
-    if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[0][1] != 3:
-        found = f"{shapes[0]} and {shapes[1]}"
-        raise InputError(f"a batch must be degraded and clean images of one shape (B, 3, H, W), not {found}")
-    if not 0 <= y.min() <= y.max() <= 1 or not x.abs().max() <= 10:  # noise may leave [0, 1]
-        found = f"up to {x.abs().max():.4g} and {y.abs().max():.4g}, or below 0"
-        raise InputError(f"degraded and clean images must have values in [0, 1], not {found}: scale or clamp them")
+def cut(x, y, side, overview=False):
+    """The same random part, side x side pixels, of degraded and clean crops (B, 3, H, W); side 0: all of them.
+
+    overview: three more channels beside the degraded part, the whole crop shrunk to its size."""
+    if x.shape != y.shape:
+        raise InputError(f"degraded images {tuple(x.shape)} and clean ones {tuple(y.shape)} must have the same shape")
+    H, W = x.shape[-2:]
+    if side > min(H, W) - overview:  # an overview shows more than its window
+        raise InputError(f"window={side} is too large for the crops, {H} x {W} pixels: pass a larger crop_size")
+    top, left = (int(torch.randint(n - side + 1, ())) if side else 0 for n in (H, W))
+    part, y = (t[..., top : top + (side or H), left : left + (side or W)] for t in (x, y))
+    return (torch.cat([part, F.interpolate(x, part.shape[-2:], mode="area")], 1) if overview else part), y
 
 
 def again_and_again(data):
     for epoch in itertools.count():
         if hasattr(own := getattr(data, "dataset", None), "set_epoch"):  # of a DataLoader
             own.set_epoch(epoch)
-        item = None
-        for item in data:
-            yield item
-        if item is None:
-            raise InputError("there are no more batches: pass what can be gone through again, such as a DataLoader")
+        yield data
 
 
 def leave_interrupts(_):
@@ -413,17 +458,16 @@ def leave_interrupts(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def cut(x, y, side, overview=False):
-    """The same random part, side x side pixels, of degraded and clean crops (B, 3, H, W); side 0: all of them.
-
-    overview: three more channels beside the degraded part, the whole crop shrunk to its size."""
-    H, W = x.shape[-2:]
-    if side > min(H, W) - overview or overview and not side:  # an overview shows more than its window
-        needed = ": recipe 'overview' needs a smaller one, e.g. window=64, crop_size=192" if overview else ""
-        raise InputError(f"window={side} does not fit crops of {H} x {W} pixels{needed}")
-    top, left = (int(torch.randint(n - side + 1, ())) if side else 0 for n in (H, W))
-    part, y = (t[..., top : top + (side or H), left : left + (side or W)] for t in (x, y))
-    return (torch.cat([part, F.interpolate(x, part.shape[-2:], mode="area")], 1) if overview else part), y
+def in_order(data, first, o, load):
+    """Epochs of a data set, each in an order of its own that follows from the seed, as iterables of batches."""
+    per_epoch = max(len(data) // o.batch_size, 1)
+    for epoch in itertools.count(first // per_epoch):
+        if hasattr(data, "set_epoch"):
+            data.set_epoch(epoch)
+        g = generator(hash_seed(o.seed, epoch, 4))
+        order = [indices.tolist() for indices in torch.randperm(len(data), generator=g).split(o.batch_size)]
+        skipped = max(first - epoch * per_epoch, 0)
+        yield load(data, batch_sampler=order[skipped:per_epoch], generator=g)
 
 
 def pick_device(name: Any = None) -> torch.device:
@@ -459,59 +503,7 @@ def processes(device: Any = None):
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
-def describe(model, label, data, o):
-    """All that a training follows from, as plain text and numbers."""
-    images = data.names() if isinstance(data, Images) else [type(data).__name__]
-    images = [f"{images[0]}: {len(data)} pairs"] if isinstance(data, Dataset) else images
-    run = dict(settings=asdict(model.settings), recipe=label, images=images, processes=ranks()[1]) | asdict(o)
-    return json.loads(json.dumps(run))
-
-
-def about_weights(model, data, run):
-    """What a weight file tells of its training, beside the number of steps."""
-    about, recipe = getattr(model, "about", {}), run["recipe"]
-    if about.get("recipe", recipe) != recipe:  # T and windows were of that
-        about = {name: v for name, v in about.items() if name not in ("steps", "window")}
-    new = {name: run[name] for name in ("recipe", "command", "decibels")}
-    new |= dict(images=len(data)) if isinstance(data, Images | Dataset) else {}
-    new |= dict(window=run["window"]) if recipe == "overview" else {}
-    new |= dict(suite=run["suite"]) if isinstance(data, Images) else {}
-    return {name: v for name, v in about.items() if name not in new} | {name: v for name, v in new.items() if v}
-
-
-def counts(images):
-    """Images by name, pairs by column: how many there are of each."""
-    found = Counter()
-    for name in images:
-        pairs = re.match("(.+): ([0-9]+) pairs", name)
-        found[pairs[1] if pairs else name] += int(pairs[2]) if pairs else 1
-    return found
-
-
-def compare(path, state, run):
-    """What is new in a training that goes on, as a line. Raises InputError where it would not be the same training."""
-    if run["num_steps"] < state["step"]:
-        advice = "pass num_steps={0} (--steps {0}) or more".format(state["step"])
-        raise InputError(f"{str(path)!r} has {state['step']} steps behind it: {advice}")
-    was, now = (dict(window=0) | r["settings"] | r for r in (state["run"], run))
-    news = []
-    for name in (name for name in now if name not in ("settings", "command")):
-        old, new = was.get(name, now[name]), now[name]
-        if name == "images" and counts(new) < counts(old):
-            news.append(f"{(counts(old) - counts(new)).total()} images or pairs left out")
-        elif name in FREE and old != new:
-            news.append(f"{name}={new!r} (before: {old!r})")
-        elif old != new:
-            what = "images" if name == "images" else f"{name}={old!r}, now {new!r}"
-            advice = "repeat its arguments, or pass another folder"
-            raise InputError(f"{str(path)!r} is of another training ({what}): {advice}")
-    return f"{str(path)!r} goes on from step {state['step']}, with {', '.join(news)}\n" if news else ""
-
-
-FILES = ("checkpoint.pt", "model.safetensors", "log.csv")  # of a training
-
-
-def begin(folder, log):
+def clear(folder, log):
     """Write the log so far, so that a place that cannot be written is found out now, and remove what a killed process
     left half-written. Raises InputError where the log of another training would be lost."""
     path = folder / "log.csv"
@@ -523,11 +515,61 @@ def begin(folder, log):
             left.unlink()
 
 
-def write_log(folder, log):
-    with atomic_write(folder / "log.csv") as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(name for row in log for name in row)))
-        writer.writeheader()
-        writer.writerows(log)
+def load_parts(parts, state, folder):
+    """Give model, optimizer and average what a checkpoint has of them. Raises InputError where it does not fit."""
+    try:  # names and shapes first, before the model is touched
+        copy.deepcopy(parts["model"]).to("meta").load_state_dict({n: t.to("meta") for n, t in state["model"].items()})
+        fused = parts["optimizer"].defaults["fused"]  # of the device of today
+        state["optimizer"]["param_groups"][0]["fused"] = fused
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+    except (ValueError, RuntimeError) as e:  # a wrapped network that has changed
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{str(folder / 'checkpoint.pt')!r} is of another model, pass another folder: {reason}") from e
+
+
+def describe(model, label, data, o):
+    """All that a training follows from, as plain text and numbers."""
+    images = [type(data).__name__]
+    if isinstance(data, Images):
+        images = data.names()
+    elif isinstance(data, Dataset):
+        images = [f"{type(data).__name__}: {len(data)} pairs"]
+    run = dict(settings=asdict(model.settings), recipe=label, images=images, processes=ranks()[1]) | asdict(o)
+    return json.loads(json.dumps(run))
+
+
+def counts(images):
+    """Images by name, pairs by column: how many there are of each."""
+    found = Counter()
+    for name in images:
+        pairs = re.match("(.+): ([0-9]+) pairs", name)
+        found[pairs[1] if pairs else name] += int(pairs[2]) if pairs else 1
+    return found
+
+
+def compare(folder, state, run):
+    """What is new in a training that goes on, as a line. Raises InputError where it would not be the same training."""
+    path, done = repr(str(folder / "checkpoint.pt")), state["step"]
+    was, changes = dict(window=0) | state["run"], []
+    if run["num_steps"] < done:
+        raise InputError(f"{path} has {done} steps behind it: pass num_steps={done} (--steps {done}) or more")
+    for name, new in (run | run["settings"]).items():
+        old = (was | was["settings"]).get(name, new)
+        if old == new or name in ("settings", "command"):
+            continue
+        if name == "images" and counts(new) < counts(old):
+            changes.append(f"{(counts(old) - counts(new)).total()} images or pairs left out")
+        elif name in FREE:
+            changes.append(f"{name}={new!r} (before: {old!r})")
+        else:
+            if name == "images":
+                old, new = (next((n for n in a if n not in b), "all others") for a, b in ((old, new), (new, old)))
+            if name == "shares":
+                old, new = ({n: v for n, v in a.items() if b.get(n) != v} for a, b in ((old, new), (new, old)))
+            advice = "repeat its arguments, or pass another folder"
+            raise InputError(f"{path} is of another training ({name}={old!r}, now {new!r}): {advice}")
+    return f"{path} goes on from step {done}, with {', '.join(changes)}\n" if changes else ""
 
 
 def save_checkpoint(folder, result, log, parts, **state):
@@ -542,16 +584,11 @@ def save_checkpoint(folder, result, log, parts, **state):
             raise OSError(f"{str(e).splitlines()[0]}; the one before is kept, and goes on once there is room") from e
 
 
-def load_parts(parts, state, folder):
-    """Give model, optimizer and average what a checkpoint has of them. Raises InputError where it does not fit."""
-    shapes = [
-        {name: t.shape for name, t in tensors.items()} for tensors in (parts["model"].state_dict(), state["model"])
-    ]
-    if shapes[0] != shapes[1]:  # a wrapped network that has changed
-        raise InputError(f"{str(folder / 'checkpoint.pt')!r} is of another model, pass another folder")
-    state["optimizer"]["param_groups"][0]["fused"] = parts["optimizer"].defaults["fused"]  # of the device of today
-    for name, part in parts.items():
-        part.load_state_dict(state.pop(name))
+def write_log(folder, log):
+    with atomic_write(folder / "log.csv") as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(name for row in log for name in row)))
+        writer.writeheader()
+        writer.writerows(log)
 
 
 def read_checkpoint(folder, model):

@@ -203,6 +203,15 @@ def test_unknown_names_are_errors():
         degrade.degrade(clean(2), generator(0), "cdd11", ["haze"])
 
 
+def test_a_suite_from_outside_needs_columns_and_shares(monkeypatch):
+    monkeypatch.setitem(SUITES, "mine", SUITES["three_task"])
+    with pytest.raises(InputError, match="suite 'mine' is in degrade.SUITES alone: enter it in degrade.COLUMNS"):
+        degrade.check_suite("mine")
+    monkeypatch.setitem(COLUMNS, "mine", COLUMNS["three_task"])
+    monkeypatch.setitem(SHARES, "mine", SHARES["three_task"])
+    degrade.check_suite("mine")
+
+
 @pytest.mark.parametrize("suite", ["three_task", "five_task", "deweather", "cdd11", "everyday", "mixed"])
 def test_an_entry_in_any_suite_becomes_a_column(suite):
     """As README says how to add a degradation."""

@@ -11,6 +11,7 @@ import torch
 
 from sipl_min import SIPL, InputError, __main__, __version__, evaluate
 from sipl_min.__main__ import main
+from sipl_min.data import Pairs
 from sipl_min.degrade import SHARES
 from sipl_min.evaluate import keep
 
@@ -68,27 +69,30 @@ def test_train_then_restore_with_the_old_and_new_names_of_options(photo, tmp_pat
 
 
 def test_a_training_that_goes_on_has_the_crops_and_the_suite_that_it_had(photo, tmp_path, monkeypatch):
+    def pairs(x, y, crop_size, seed, skip_bad):
+        sizes.append((crop_size, seed))
+        return Pairs(x, y, crop_size, seed, skip_bad)
+
     def found(root, suite):
         suites.append(suite)
         raise InputError("enough")
 
-    def crops(folder):
-        run = torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True)["run"]
-        return run["crop_size"], run["seed"]
-
-    suites, run = [], ["train", str(tmp_path / "run"), "--batch-size", "1"]
+    sizes, suites, run = [], [], ["train", str(tmp_path / "run"), "--batch-size", "1"]
+    monkeypatch.setattr(__main__, "Pairs", pairs)
     monkeypatch.setattr(__main__.datasets, "training", found)
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
         iio.imwrite(tmp_path / name / "a.png", photo)
     both = ["--pairs", str(tmp_path / "x"), str(tmp_path / "y")]
     begun = [*run, *both, "--crop-size", "32", "--seed", "3", "--steps", "1"]
-    assert main(begun) == main([*run, *both, "--steps", "2"]) == 0 and crops("run") == (32, 3)
+    assert main(begun) == main([*run, *both, "--steps", "2"]) == 0
     tuned = ["train", str(tmp_path / "tuned"), "--weights", "nano", "--batch-size", "1", "--steps", "1"]
     assert main([*tuned, *both]) == 0  # as weights that are trained already usually go on
-    assert crops("tuned") == (128, 0)
+    assert sizes == [(32, 3), (32, 3), (128, 0)]
     assert main([*tuned, *both, "--suite", "hard"]) == 2
-    assert main([*tuned, "--data", str(tmp_path)]) == 2 and suites == ["everyday"], "that of the weights"
+    other = ["train", str(tmp_path / "other"), "--images", str(tmp_path / "y"), "--suite", "three_task", "--steps", "1"]
+    assert main([*other, "--batch-size", "1", "--crop-size", "16"]) == 0
+    assert main(["train", str(tmp_path / "other"), "--data", str(tmp_path)]) == 2 and suites == ["three_task"]
 
 
 def test_a_backbone_trained_to_be_applied_again_is(photo, tmp_path, capsys, monkeypatch):
@@ -202,12 +206,17 @@ def test_the_rest(tmp_path, capsys):
         (["benchmark", "cdd11", "--data", "nowhere"], "no folder 'nowhere'"),
         (["train", "runs/x", "--images", "nowhere"], "no folder 'nowhere'"),
         (["train", "runs/x", "--lr", "-1"], "lr=-1.0"),
+        (["train", "runs/x", "--window", "-1"], "window=-1 must be 0 or more"),
+        (["train", "runs/x", "--ema", "1"], "ema=1.0 must be from 0 to 1, less than 1"),
         (["train", "runs/x", "--weights", "nano", "--preset", "small"], "--preset and --backbone are of new weights"),
         (["train", "runs/x", "--weights", "nano", "--recipe", "backbone"], "fusion=False, or nano-backbone"),
+        (["benchmark", "cdd11", "--draws", "0"], "--draws 0 --seed 0: they must be at least 1 and 0"),
+        (["benchmark", "keep", "--seed", "1"], "--draws and --seed are of suites on embedded photos"),
         (["benchmark", "keep", "--data", "x"], "--data: the suite keep has photos of its own"),
         (["restore", "data", "o", "--feedback", "again"], "nothing is fed back with --steps 0, pass --steps 1 or more"),
-        (["demo", "--steps", "-1"], "steps=-1: pass 0, 1, 2, ..."),
-        (["demo", "--weights", "nano-backbone", "--steps", "1"], "without Proxy Fusion 0, or feedback="),
+        (["demo", "--steps", "-1"], "--steps -1: pass the number of refinements, 0 or more"),
+        (["demo", "--output", "figure.xyz"], "end the name in .png, .pdf or .svg"),
+        (["train", "runs/x", "--shares", "haze"], "--shares 'haze': write a column and a whole number"),
         (["train", "runs/x", "--shares", "haze=2", "fog=3"], "shares of 'fog': suite 'cdd11' has low, haze"),
     ],
 )

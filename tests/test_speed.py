@@ -130,12 +130,17 @@ def test_by_command(tmp_path, capsys, monkeypatch, small):
     ):
         assert speed.main([*command, *extra]) == 2
         assert message in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        speed.main([*command, "--presets", "huge"])
+    for extra, message in (
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--presets", "huge"], "invalid choice: 'huge'"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            speed.main([*command, *extra])
+        assert message in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_it():
-    """Ctrl-C reaches all processes of a terminal: also the one that measures."""
+def test_ctrl_c_ends_in_one_word(tmp_path):
+    """Ctrl-C reaches all processes of a terminal: also the one that measures, which must leave no traceback behind."""
     command = [sys.executable, "-u", "-m", "sipl_min.speed", "--sizes", "512", "--device", "cpu"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
@@ -146,7 +151,7 @@ def test_ctrl_c_ends_it():
             time.sleep(1)
             os.killpg(run.pid, signal.SIGINT)
             _, said = run.communicate(timeout=60)  # once nothing of it runs on
-            assert run.returncode == 130 and said.endswith("stopped\n")
+            assert (run.returncode, said) == (130, "stopped\n")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)

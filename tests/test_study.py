@@ -77,6 +77,9 @@ def test_a_study_runs_resumes_and_reports(question, arm, tmp_path, monkeypatch):
     text = study.report(rows, question == "combinations")
     assert ("| 2 at once |" in text) == (question == "combinations")
     assert f"| {arm} |" in text and " ± " in text and ("unlike training" in text) == (question == "who")
+    for nothing in (dict(seeds=0), dict(photos=-1)):
+        with pytest.raises(InputError, match="must be 1 or more"):
+            study.run("who", tmp_path / "nothing", **nothing)
     with pytest.raises(InputError, match="num_steps=1"):
         study.run(question, **arguments | dict(num_steps=2))
     monkeypatch.setattr(study, "held_out", lambda: {"one": 255 - photo["one"]})

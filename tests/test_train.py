@@ -294,15 +294,19 @@ def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, counted):
 
 # ------------------------------------------------------------------------------------------------------ not finite
 def test_a_loss_that_is_not_finite_names_the_step_and_a_lower_rate_goes_on(tmp_path, unbroken, capsys):
-    with pytest.raises(
-        FloatingPointError, match="the loss is not finite at step 4: lower lr=0.001 .* and call again, or begin"
-    ):
+    with pytest.raises(FloatingPointError, match="the loss is not finite at step 4: lower lr=0.001 .* and call again"):
         run(tmp_path, recipe=at(5, lambda estimate: estimate * torch.nan))
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3  # the last good one, untouched
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["checkpoint.pt", "log.csv", "model.safetensors"]
     model, log = run(tmp_path, recipe="authors", lr=1e-4)
     assert "goes on from step 3, with lr=0.0001 (before: 0.001)" in capsys.readouterr().out
     assert len(log) == 8 and log[:4] == unbroken[2][:4] and not torch.equal(flat(model), unbroken[1])
+
+
+def test_where_the_checkpoint_is_at_that_step_another_folder_is_advised(tmp_path):
+    with pytest.raises(FloatingPointError, match="not finite at step 3: .*, and begin in another folder"):
+        run(tmp_path, recipe=at(4, lambda estimate: estimate * torch.nan))
+    assert SIPL.load(tmp_path / "model.safetensors").about["num_steps"] == 3
 
 
 def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path):
@@ -439,6 +443,7 @@ def test_a_data_set_goes_on_at_the_right_batch(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_with_workers_it_trains_as_without():
+    from sipl_min.data import Degraded
 
     for data in (Degraded(FLAT, "cdd11", 16), FLAT):
         alone, workers = (run(None, 4, data=data, num_workers=n)[0] for n in (0, 2))
@@ -453,6 +458,10 @@ def test_any_iterable_of_batches():
         run(data=loader, mild=0.5)
     with pytest.raises(InputError, match="there are no more batches: pass what can be gone through again"):
         run(data=((y, y) for _ in range(3)))
+    with pytest.raises(InputError, match=r"clean images must have values in \[0, 1\], not 0.* to 25"):
+        run(data=DataLoader(TensorDataset(y, 255 * y), batch_size=4))
+    with pytest.raises(InputError, match=r"degraded images must have values around \[0, 1\], not up to 25"):
+        run(data=DataLoader(TensorDataset(255 * y, y), batch_size=4))
 
 
 def test_a_loader_of_a_data_set_that_counts_epochs_has_other_crops_in_each():
@@ -467,6 +476,30 @@ def test_a_loader_of_a_data_set_that_counts_epochs_has_other_crops_in_each():
     assert not torch.equal(*seen)
 
 
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        (dict(lq=rand(3, 16, 16), gt=rand(3, 16, 16)), "a batch must be two tensors .*, not dict and NoneType"),
+        ((rand(16, 16, 3), rand(16, 16, 3)), r"not \(1, 16, 16, 3\) and \(1, 16, 16, 3\)"),
+        (
+            (rand(3, 16, 16), 1.001 * rand(3, 16, 16).clamp(0.999)),
+            r"values in \[0, 1\], not 0.99.* to 1.000.*: scale or clamp",
+        ),
+        ((rand(3, 16, 16) * torch.nan, rand(3, 16, 16)), "degraded images must have values around .*, not up to nan"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_named(item, message):
+    with pytest.raises(InputError, match=message):
+        run(data=DataLoader([item]))
+
+
+def test_data_of_any_float_type_but_not_without_a_length():
+    y = rand(4, 3, 16, 16).double()
+    assert len(run(data=TensorDataset(y.half(), y), num_steps=2)[1]) == 2
+    with pytest.raises(InputError, match="the data set TensorDataset is empty or has no length: pass a DataLoader"):
+        run(data=TensorDataset(y[:0], y[:0]))
+
+
 def test_a_recipe_may_hold_another_loss_and_returns_estimates():
     model, x, y = tiny(fusion=False).train(), rand(1, 3, 16, 16), rand(1, 3, 16, 16, seed=1)
 
@@ -477,28 +510,9 @@ def test_a_recipe_may_hold_another_loss_and_returns_estimates():
     loss, _ = train.Step(model, mine, autocast=False)(x, y)
     e = model(x)
     assert torch.allclose(loss, ((e.mean() - y.mean()).square() + F.l1_loss(e, y)) / 2)
-    for result in ({}, None, [], e.mean(), (e, e.mean())):  # PyTorch and Python say it
-        with pytest.raises((RuntimeError, TypeError)):
+    for result in ({}, None, [], e.mean(), (e, e.mean()), model.estimates(x)):
+        with pytest.raises(InputError, match="a recipe must return an estimate of y, a tensor of its shape, or a list"):
             train.Step(model, lambda *_: result, autocast=False)(x, y)
-
-
-def test_a_data_set_that_cannot_be_learned_from_is_named():
-    y = rand(4, 3, 16, 16)
-    for x, clean in ((255 * y, y), (y, 255 * y), (y * torch.nan, y), (y, 1.001 * y.clamp(0.999)), (y, -y)):
-        with pytest.raises(InputError, match=r"images must have values in \[0, 1\], not up to .*: scale or clamp"):
-            run(data=TensorDataset(x, clean))
-    for item, message in (
-        (dict(lq=y[0], gt=y[0]), "not str and str"),
-        ((y[0].permute(1, 2, 0), y[0].permute(1, 2, 0)), r"not torch.Size\(\[1, 16, 16, 3\]\) and "),
-        ((y[0], y[0, :, :8]), "clean images of one shape"),
-    ):
-        with pytest.raises(InputError, match=message):
-            run(data=DataLoader([item]))
-    with pytest.raises(InputError, match="the data set TensorDataset is empty"):
-        run(data=TensorDataset(y[:0], y[:0]))
-    with pytest.raises(InputError, match="mild: of degradations, which pairs bring along: leave that out"):
-        run(data=TensorDataset(y, y), mild=0.5)
-    assert len(run(data=TensorDataset(y.half(), y.double()), num_steps=2)[1]) == 2
 
 
 def test_fine_tuning_is_told(capsys):
@@ -538,19 +552,24 @@ def test_bad_folders_of_photos_are_named_before_anything_is_written(tmp_path):
         (dict(recipe="again"), "recipe 'again' needs a model without Proxy Fusion"),
         (dict(recipe="unroll", model=tiny(fusion=False)), "recipe 'unroll' needs Proxy Fusion: .* or pass 'backbone'"),
         (dict(num_steps=0), "num_steps=0 must be a positive"),
-        (dict(learning_rate=1e-3), "unexpected keyword argument 'learning_rate'"),
+        (dict(learning_rate=1e-3), "unknown option 'learning_rate'"),
+        (dict(num_step=5), "unknown option 'num_step': did you mean 'num_steps'"),
+        (dict(lr="1e-3"), "lr='1e-3' must be a number"),
         (dict(save_every=0), "save_every=0 must be a positive"),
         (dict(lr=float("nan")), "lr=nan must be a positive"),
+        (dict(mild=1.1), "mild=1.1 must be from 0 to 1$"),
         (dict(seed=-1), "seed=-1 must be 0 or more"),
+        (dict(num_steps=1e4), "num_steps=10000.0 must be a whole number"),
         (dict(shares=dict(fog=3)), "shares of 'fog': suite 'three_task' has"),
-        (dict(shares=dict(SOTS=-1)), "from 0 on, and not all 0"),
-        (dict(shares=dict.fromkeys(SHARES["three_task"], 0)), "from 0 on, and not all 0"),
-        (dict(ema=1.0), "ema=1.0 must be 0 or more, and ema less than 1"),
+        (dict(shares=dict(SOTS=-1)), "from 0 on, not SOTS=-1$"),
+        (dict(shares=dict(SOTS=0.5)), "from 0 on, not SOTS=0.5$"),
+        (dict(shares=dict.fromkeys(SHARES["three_task"], 0)), "all columns of suite 'three_task' are 0"),
+        (dict(ema=1.0), "ema=1.0 must be from 0 to 1, less than 1"),
         (dict(device="tpu"), "device 'tpu' cannot be used here"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         run(**options)
 
 
@@ -567,14 +586,14 @@ def test_a_checkpoint_of_another_training_is_refused_and_the_advice_works(tmp_pa
     for change, message in (
         (dict(seed=3), r"is of another training \(seed=0, now 3\): repeat its arguments, or pass another folder"),
         (dict(suite="five_task"), r"\(suite='three_task', now 'five_task'\)"),
-        (dict(shares=dict(SOTS=3)), r"\(shares={'SOTS': 1, .* now {'SOTS': 3, "),
+        (dict(shares=dict(SOTS=3)), r"\(shares={'SOTS': 1}, now {'SOTS': 3}\)"),
         (dict(model=tiny(dictionary_size=(5, 4, 2))), r"\(dictionary_size=\[6, 4, 2\], now \[5, 4, 2\]\)"),
-        (dict(data=brighter), r"is of another training \(images\): repeat"),
+        (dict(data=brighter), r"\(images='\(3, 40, 40\), crc \d+', now '\(3, 40, 40\), crc \d+'\)"),
         (dict(num_steps=7), r"has 8 steps behind it: pass num_steps=8 \(--steps 8\) or more"),
     ):
         with pytest.raises(InputError, match=message) as e:
             run(tmp_path, **change)
-        assert len(str(e.value).replace(str(tmp_path), "")) < 300
+        assert len(str(e.value).replace(str(tmp_path), "")) < 200
     assert run(tmp_path)[1] == unbroken[2]
     run(tmp_path / "another", 1, seed=3)
 
@@ -590,11 +609,16 @@ def test_learns_from_parts_of_crops_that_were_damaged_whole(tmp_path, monkeypatc
         assert torch.equal(y[..., place[0] : place[0] + 16, place[1] : place[1] + 16], b)
         places.add(place)
     assert {i for i, _ in places} == {*range(9)} and {j for _, j in places} == {*range(17)}
-    with pytest.raises(InputError, match="window=32 does not fit crops of 24 x 32 pixels"):
+    with pytest.raises(InputError, match="window=32 is too large for the crops, 24 x 32 pixels"):
         train.cut(x, y, 32)
-    with pytest.raises(InputError, match="window=17 does not fit crops of 16 x 16 pixels"):
-        run(tmp_path / "wrong", window=17)
-    assert len(run(tmp_path / "wrong", window=16)[1]) == 8, "nothing was lost, and nothing stands in the way"
+    with pytest.raises(InputError, match=r"degraded images \(2, 3, 24, 32\) and clean ones \(2, 3, 24, 24\) must"):
+        train.cut(x, y[..., :24], 0)
+    pairs = TensorDataset(x, y)
+    pairs.crop_size = 16  # as `Pairs` have it
+    for data in (FLAT, pairs):
+        with pytest.raises(InputError, match="window=17 is larger than the crops: pass a larger crop_size than 16"):
+            run(tmp_path / "nothing", data=data, window=17)
+    assert not (tmp_path / "nothing").exists()
     with pytest.raises(SystemExit):
         run(tmp_path, recipe=at(4, SystemExit), window=8)
     with pytest.raises(InputError, match="another training .window=8, now 0"):
@@ -602,11 +626,9 @@ def test_learns_from_parts_of_crops_that_were_damaged_whole(tmp_path, monkeypatc
     log = run(tmp_path, recipe="authors")[1]  # goes on as it began
     assert log == run(recipe="authors", window=8)[1] != run(recipe="authors")[1]
     for side in (0, 16):  # 16 is the whole crop
-        with pytest.raises(
-            InputError, match=f"window={side} .*: recipe 'overview' needs a smaller one, e.g. window=64"
-        ):
+        with pytest.raises(InputError, match="recipe 'overview' needs --window, and a larger --crop-size"):
             run(recipe="overview", window=side)
-    with pytest.raises(InputError, match="window=24 does not fit crops of 24 x 32 pixels"):
+    with pytest.raises(InputError, match="window=24 is too large for the crops, 24 x 32 pixels"):
         train.cut(x, y, 24, overview=True)
     model = run(tmp_path / "o", recipe="overview", window=8)[0]
     assert SIPL.load(tmp_path / "o" / "model.safetensors").about["window"] == model.about["window"] == 8
@@ -627,9 +649,9 @@ def test_a_training_goes_on_with_its_own_shares(tmp_path, monkeypatch):
     assert logs[0] == logs[1] != run(num_steps=6)[1]
     with pytest.raises(InputError, match="shares: of degradations, which pairs bring along"):
         run(data=TensorDataset(torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)), shares=dict(SOTS=2))
-    mine = dict(SOTS=2)
-    run(num_steps=1, shares=mine)
-    assert mine == dict(SOTS=2), "what was passed is as it was"
+    mine = dict(SOTS=np.int64(2))
+    assert run(tmp_path / "numpy", 2, shares=mine)[1] == run(num_steps=2, shares=dict(SOTS=2))[1]
+    assert type(mine["SOTS"]) is np.int64, "what was passed is as it was"
 
 
 def test_images_left_out_are_told_and_others_refused(tmp_path, capsys):
